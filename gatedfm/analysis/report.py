@@ -1,0 +1,271 @@
+"""Turns summary.json into a table for the terminal and a report.html.
+
+  python -m gatedfm.analysis.report --summary=runs/quickstart/summary.json
+
+The report is one file without any link to elsewhere. Error rates, accuracies, sparsities
+and time ratios are fractions in the summary and per cent in both outputs; BLEU and chrF
+run from 0 to 100 as they stand. What the summary lacks, or holds as null, shows as '–'.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from absl import app, flags
+from matplotlib import figure as figures
+
+from gatedfm.analysis import gate_maps, plots, report_page
+
+SCHEMA = 1
+# Column heading, path in a point of the summary, factor, format.
+_COLUMNS = (
+  ('CER %', 'cer/mean', 100, '.2f'),
+  ('WER %', 'wer/mean', 100, '.2f'),
+  ('BLEU', 'bleu/mean', 1, '.1f'),
+  ('chrF', 'chrf/mean', 1, '.1f'),
+  ('LID %', 'lid/same_source', 100, '.1f'),
+  ('LID* %', 'lid/other_source', 100, '.1f'),
+  ('sparsity %', 'sparsity/modules', 100, '.1f'),
+  ('by MACs %', 'sparsity/macs', 100, '.1f'),
+  ('MMAC/s', 'macs_per_audio_second', 1e-6, '.1f'),
+  ('ms/utt', 'seconds_per_utterance/median', 1000, '.2f'),
+  ('time %', 'time_ratio', 100, '.1f'),
+  ('MiB', 'peak_memory_bytes', 2**-20, '.0f'),
+)
+# Title, key of a point, factor, format of the tables that go into detail.
+_DETAILS = (
+  ('Character error rate by language, %', 'cer', 100, '.2f'),
+  ('Word error rate by language, %', 'wer', 100, '.2f'),
+  ('BLEU by direction', 'bleu', 1, '.1f'),
+  ('chrF by direction', 'chrf', 1, '.1f'),
+  ('Closed modules by site, %', 'sparsity/sites', 100, '.1f'),
+)
+_MISSING = '–'
+_MAX_CURVES = 6
+
+Rows = list[list[str]]
+
+
+def load(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+  """Reads a summary from a path, or takes one that is read already.
+
+  Raises:
+    ValueError: it is of another schema or has no points.
+    FileNotFoundError: the path does not exist.
+  """
+  name, summary = 'this summary', source
+  if not isinstance(source, Mapping):
+    name, summary = source, json.loads(Path(source).read_text())
+  if summary.get('schema') != SCHEMA or not summary.get('points'):
+    raise ValueError(
+      f'a summary of schema {SCHEMA} with at least one point is needed; {name} has schema '
+      f'{summary.get("schema")!r} and points {list(summary.get("points") or ())}: evaluate '
+      'again with this version'
+    )
+  return summary
+
+
+def results(summary: Mapping[str, Any]) -> Rows:
+  """The main table as text cells, the heading first and then a row for each point."""
+  rows = [['point', *(heading for heading, *_ in _COLUMNS)]]
+  for name, point in summary['points'].items():
+    rows.append([name, *(_number(_get(point, p), f, s) for _, p, f, s in _COLUMNS)])
+  return rows
+
+
+def table(summary: Mapping[str, Any]) -> str:
+  """The results, aligned for a terminal, and the headline below.
+
+  Columns: mean error rates, BLEU and chrF, accuracy of language identification on the
+  same and on another source (LID*), closed modules, their MACs, all MACs for a second of
+  audio, median time for an utterance, time relative to dense, peak memory.
+  """
+  rows = results(load(summary))
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = [
+    '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    for row in rows
+  ]
+  lines.insert(1, '─' * len(lines[0]))
+  return '\n'.join([*lines, 'LID*: another source', '', headline(summary)])
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+  """What the run found, in a sentence.
+
+  Args:
+    summary: its 'headline' has 'point', 'time_ratio' and 'cer_difference' to dense, and
+      may have 'cer_difference_interval': [low, high].
+  """
+  best = summary.get('headline') or {}
+  name = best.get('point')
+  if name is None:
+    return 'No gated point was compared with the dense model.'
+  points = summary['points']
+  ratio = _number(best.get('time_ratio'), 100, '.1f')
+  cer, dense = (
+    _number(_get(points.get(point), 'cer/mean'), 100, '.2f')
+    for point in (name, plots.DENSE)
+  )
+  text = f'{name} takes {ratio}% of the time of dense at a CER of {cer}% against {dense}%'
+  difference, bounds = best.get('cer_difference'), best.get('cer_difference_interval')
+  if difference is not None:
+    text += f', a difference of {100 * difference:+.2f} points'
+  if bounds:
+    text += f' (95% interval {100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})'
+  return f'{text}.'
+
+
+def make_figures(
+  summary: Mapping[str, Any], folder: str | os.PathLike = '.'
+) -> dict[str, figures.Figure]:
+  """The figures that the summary has data for, by name.
+
+  Names: 'quality_against_time', 'macs_against_time', 'learning_curves' and
+  'gate_map_<point>'.
+
+  Args:
+    summary: as `load` gives it.
+    folder: where to look for a workdir by its last name when it has moved.
+  """
+  points = summary['points']
+  result = {
+    'quality_against_time': plots.quality_against_time(points),
+    'macs_against_time': plots.macs_against_time(points),
+    'learning_curves': plots.learning_curves(_curves(summary, Path(folder))),
+  }
+  for name, gates in _gate_maps(summary).items():
+    result[f'gate_map_{name}'] = plots.gate_map(gates)
+  return {name: figure for name, figure in result.items() if figure is not None}
+
+
+def write_report(
+  source: str | os.PathLike | Mapping[str, Any], out_path: str | os.PathLike
+) -> None:
+  """Writes report.html from a summary or its path, atomically.
+
+  Raises:
+    ValueError: see `load` and `gate_maps.parse`; nothing is written then.
+  """
+  summary = load(source)
+  out_path = Path(out_path)
+  folder = out_path.parent if isinstance(source, Mapping) else Path(source).parent
+  drawn = {
+    name: plots.to_svg(figure, f'figure{number}')
+    for number, (name, figure) in enumerate(make_figures(summary, folder).items())
+  }
+  maps = [
+    (name, gate_maps.describe(gates), drawn[f'gate_map_{name}'])
+    for name, gates in _gate_maps(summary).items()
+  ]
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+  html = environment.from_string(report_page.TEMPLATE).render(
+    summary=summary,
+    headline=headline(summary),
+    best=(summary.get('headline') or {}).get('point'),
+    results=results(summary),
+    details=[(title, rows) for title, *how in _DETAILS if (rows := _detail(summary, *how))],
+    data=_data(summary),
+    maps=maps,
+    drawn=drawn,
+  )
+  out_path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = out_path.with_name(f'.{out_path.name}.tmp')
+  temporary.write_text(html, encoding='utf-8')
+  os.replace(temporary, out_path)
+
+
+def _get(tree, path):
+  for key in path.split('/'):
+    tree = (tree or {}).get(key)
+  return tree
+
+
+def _number(value, factor, spec):
+  return _MISSING if value is None else format(value * factor, spec)
+
+
+def _detail(summary, path, factor, spec) -> Rows:
+  """A table of points by the keys under `path`; 'mean' is the last of the columns."""
+  groups = {name: _get(point, path) or {} for name, point in summary['points'].items()}
+  keys = dict.fromkeys(key for group in groups.values() for key in group)
+  keys = sorted(keys, key='mean'.__eq__)
+  if not keys:
+    return []
+  return [['point', *keys]] + [
+    [name, *(_number(group.get(key), factor, spec) for key in keys)]
+    for name, group in groups.items()
+  ]
+
+
+def _data(summary) -> Rows:
+  """A table of languages by split."""
+  splits = summary.get('data') or {}
+  languages = dict.fromkeys(lang for split in splits.values() for lang in split)
+  if not languages:
+    return []
+  rows = [
+    ['language', *(f'{split} {unit}' for split in splits for unit in ('utterances', 'h'))]
+  ]
+  for lang in languages:
+    cells = [splits[split].get(lang, {}) for split in splits]
+    rows.append([lang])
+    for cell in cells:
+      rows[-1] += [
+        _number(cell.get('utterances'), 1, 'd'),
+        _number(cell.get('hours'), 1, '.2f'),
+      ]
+  return rows
+
+
+def _gate_maps(summary) -> dict[str, gate_maps.GateMap]:
+  """The maps of the gated points, that of the headline first."""
+  best = (summary.get('headline') or {}).get('point')
+  points = sorted(summary['points'].items(), key=lambda item: item[0] != best)
+  return {
+    name: gate_maps.parse(point['gate_map'])
+    for name, point in points
+    if name != plots.DENSE and _get(point, 'gate_map/contexts')
+  }
+
+
+def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
+  """The curves of all points that logged some, of dense and headline if there are many."""
+  best = (summary.get('headline') or {}).get('point')
+  curves, seen = {}, set()
+  for name, point in summary['points'].items():
+    if not point.get('workdir'):
+      continue
+    workdir = Path(point['workdir'])
+    options = (workdir / 'metrics.jsonl', folder / workdir.name / 'metrics.jsonl')
+    path = next((path for path in options if path.is_file()), None)
+    if path and path.resolve() not in seen:
+      seen.add(path.resolve())
+      curves[name] = plots.read_curves(path)
+  if len(curves) > _MAX_CURVES:
+    curves = {name: curves[name] for name in (plots.DENSE, best) if name in curves}
+  return curves
+
+
+def main(argv: Sequence[str]) -> None:
+  """Writes the report, and the figures where a folder for them is named."""
+  del argv
+  path = Path(flags.FLAGS.summary)
+  out = Path(flags.FLAGS.out or path.with_name('report.html'))
+  write_report(path, out)
+  if flags.FLAGS.figures:
+    for name, figure in make_figures(load(path), path.parent).items():
+      for suffix in ('svg', 'png'):
+        plots.save(figure, Path(flags.FLAGS.figures) / f'{name}.{suffix}')
+  print(table(load(path)))
+  print(f'\n{out}')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('summary', None, 'The summary.json of a run.', required=True)
+  flags.DEFINE_string('out', None, 'Where to write; report.html beside the summary.')
+  flags.DEFINE_string('figures', None, 'Folder for the figures as SVG and PNG, if wanted.')
+  app.run(main)

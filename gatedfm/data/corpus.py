@@ -1,0 +1,106 @@
+"""From a configuration to everything that training and evaluation read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gatedfm.data import features, pipeline, sources, text
+from gatedfm.data.tokenizer import Tokenizer
+from gatedfm.data.types import DataError, Source
+
+TOKENIZER, STATS = 'tokenizer.json', 'feature_stats.npz'
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+  """What a model needs beside its parameters: tokenizer and feature statistics."""
+
+  tokenizer: Tokenizer
+  stats: features.FeatureStats
+
+  def save(self, folder: Path) -> None:
+    """Writes both files, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    self.tokenizer.save(folder / TOKENIZER)
+    self.stats.save(folder / STATS)
+
+  @classmethod
+  def load(cls, folder: Path) -> Assets:
+    """Reads them; raises DataError, naming the folder, where they are not there."""
+    if not (folder / TOKENIZER).exists() or not (folder / STATS).exists():
+      raise DataError(
+        f'{folder} has no {TOKENIZER} and {STATS}: not the assets of a trained model; '
+        'give the workdir of a training run'
+      )
+    return cls(Tokenizer.load(folder / TOKENIZER), features.FeatureStats.load(folder / STATS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """One split of all sources: utterances, their features, the examples made of them."""
+
+  sources: Sequence[Source]
+  caches: Sequence[features.FeatureCache]
+  examples: pipeline.Examples
+  shapes: Sequence[pipeline.Shape]
+
+  def utterance_id(self, example: int) -> str:
+    """The record id of an example, for messages."""
+    source = self.sources[self.examples.source[example]]
+    return source.records[self.examples.utterance[example]].id
+
+
+def open_sources(
+  config: pipeline.DataConfig, split: str, data_dir: Path, skip_bad: bool = False
+) -> list[Source]:
+  """The sources of a split, prepared where that has not been done yet."""
+  return [sources.load(spec, split, data_dir, skip_bad) for spec in config.sources]
+
+
+def open_features(opened: Sequence[Source], data_dir: Path) -> list[features.FeatureCache]:
+  """The log-mel features of each source."""
+  return [features.FeatureCache.build(s, data_dir / 'features', 2) for s in opened]
+
+
+def make_assets(config: pipeline.DataConfig, vocab: int, data_dir: Path, skip_bad: bool) -> Assets:
+  """Trains the tokenizer and gathers feature statistics on the training split alone."""
+  train = open_sources(config, 'train', data_dir, skip_bad)
+  targets = {t[3:] for t in config.tasks if t.startswith('st_')}
+  texts, languages = [], set(targets)
+  for source in train:
+    for record in source.records:
+      languages.add(record.language)
+      if record.text:
+        texts.append(text.normalize(record.text))
+      texts += [text.normalize(record.translations[t]) for t in targets & set(record.translations)]
+  tokenizer = Tokenizer.train(sorted(texts), vocab, sorted(languages), config.tasks)
+  caches = open_features(train, data_dir)
+  stats = features.FeatureStats.of(c.get(i) for c in caches for i in range(len(c)))
+  return Assets(tokenizer, stats)
+
+
+def open_split(
+  config: pipeline.DataConfig,
+  assets: Assets,
+  split: str,
+  data_dir: Path,
+  batch_multiple: int = 1,
+  skip_bad: bool = False,
+  say: Callable[[str], None] = print,
+) -> Split:
+  """Opens a split, makes its examples and says what was left out, and why."""
+  opened = open_sources(config, split, data_dir, skip_bad)
+  caches = open_features(opened, data_dir)
+  examples, skipped = pipeline.build_examples(opened, assets.tokenizer, config)
+  shapes = pipeline.batch_shapes([examples], config, batch_multiple)
+  say(
+    f'data: {split}: {len(examples)} examples of {sum(len(s) for s in opened)} utterances, '
+    f'{len(shapes)} batch shapes (so many compilations): '
+    + ', '.join(f'{s.batch}x{s.frames}' for s in shapes)
+  )
+  if skipped:
+    first = '; '.join(f'{name} ({why})' for name, why in skipped[:3])
+    say(f'data: {split}: {len(skipped)} examples left out, such as {first}')
+  return Split(opened, caches, examples, shapes)

@@ -1,0 +1,150 @@
+"""Debian packages with pinned version and SHA-256, fetched into a cache; needs no root.
+
+The data keep their own licences and are never part of this repository.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from gatedfm.data.types import DataError
+
+_SNAPSHOT = 'https://snapshot.debian.org/package'
+
+
+class FetchError(DataError):
+  """A package could not be fetched; the message names it and the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DebianPackage:
+  """A package of Debian, pinned.
+
+  Attributes:
+    name: binary package.
+    version: the pinned version.
+    sha256: of the .deb file, in hexadecimal.
+    megabytes: size, for the message.
+  """
+
+  name: str
+  version: str
+  sha256: str
+  megabytes: int
+
+  @property
+  def file_name(self) -> str:
+    return f'{self.name}_{self.version}_all.deb'
+
+
+def has_apt() -> bool:
+  """Whether packages can be fetched here: apt-get and dpkg-deb are installed."""
+  return shutil.which('apt-get') is not None and shutil.which('dpkg-deb') is not None
+
+
+def sha256(path: Path) -> str:
+  """SHA-256 of a file, in hexadecimal."""
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def fetch(package: DebianPackage, downloads: Path) -> Path:
+  """Brings a package into `downloads`, unless it is there.
+
+  The pinned version is asked for first. A distribution that carries another version gives
+  that one with a warning: the data may differ, hence the numbers too.
+
+  Args:
+    package: what to fetch.
+    downloads: the cache folder, made where missing.
+
+  Returns:
+    The path of the .deb file.
+
+  Raises:
+    FetchError: no apt-get, package not known to it, or a file with a wrong checksum.
+  """
+  target = downloads / package.file_name
+  if target.exists() and sha256(target) == package.sha256:
+    return target
+  others = sorted(downloads.glob(f'{package.name}_*.deb'))
+  others = [path for path in others if path != target]
+  if others:
+    return _other_version(package, others[-1])
+
+  if not has_apt():
+    raise FetchError(
+      f'cannot fetch {package.name} {package.version}: apt-get and dpkg-deb are not'
+      f' installed here. Put {package.file_name} (from {_SNAPSHOT}/{package.name}) into'
+      f" {downloads}, or use the source 'espeak', which needs no download"
+    )
+  downloads.mkdir(parents=True, exist_ok=True)
+  print(
+    f'fetching {package.name} {package.version} ({package.megabytes} MB) with apt-get',
+    flush=True,
+  )
+  with tempfile.TemporaryDirectory(dir=downloads) as folder:
+    found = _apt_download(package, Path(folder))
+    if found.name != package.file_name:
+      found = found.rename(downloads / found.name)
+      return _other_version(package, found)
+    digest = sha256(found)
+    if digest != package.sha256:
+      raise FetchError(
+        f'{package.file_name} has SHA-256 {digest}, expected {package.sha256}: the archive'
+        ' that apt-get uses is damaged or altered; try another mirror'
+      )
+    os.replace(found, target)
+  return target
+
+
+def unpack(deb: Path, folder: Path) -> None:
+  """Unpacks the files of a .deb into `folder`, as `dpkg-deb -x` does."""
+  result = subprocess.run(
+    ['dpkg-deb', '-x', str(deb), str(folder)], capture_output=True, text=True
+  )
+  if result.returncode:
+    raise FetchError(f'dpkg-deb cannot unpack {deb}: {result.stderr.strip()}; delete it')
+
+
+def _other_version(package: DebianPackage, path: Path) -> Path:
+  warnings.warn(
+    f'using {path.name}, not the pinned {package.file_name}: the data may differ from those'
+    ' of published numbers',
+    stacklevel=3,
+  )
+  return path
+
+
+def _apt_download(package: DebianPackage, folder: Path) -> Path:
+  """Runs apt-get download; after a failure refreshes the lists once where it may."""
+
+  errors = []
+
+  def download(*names: str) -> bool:
+    for name in names:
+      result = subprocess.run(
+        ['apt-get', 'download', name], cwd=folder, capture_output=True, text=True
+      )
+      if not result.returncode:
+        return True
+      errors.append(result.stderr.strip())
+    return False
+
+  names = (f'{package.name}={package.version}', package.name)
+  found = download(*names)
+  if not found and os.geteuid() == 0:
+    subprocess.run(['apt-get', 'update'], capture_output=True)
+    found = download(*names)
+  if not found:
+    raise FetchError(
+      f'apt-get cannot download {package.name} {package.version}: run `apt-get update` as'
+      f' root and try again, or put {package.file_name} (from {_SNAPSHOT}/{package.name})'
+      f' into {folder.parent}. apt-get said: {errors[-1]}'
+    )
+  return next(folder.glob(f'{package.name}_*.deb'))

@@ -1,0 +1,162 @@
+"""Sources of speech by name: what a configuration writes, and the source that it means."""
+
+import collections
+import inspect
+import os
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gatedfm.data import fetch, splits
+from gatedfm.data.types import LANGUAGES, SAMPLE_RATE, DataError, Source
+
+KNOWN = {
+  'stamps': 'human recordings of short descriptions in nine languages (Debian package)',
+  'asterisk': 'studio prompts for language identification, split test only (Debian)',
+  'espeak': 'synthetic speech of names and numbers; needs no download',
+  'espeak:stamps': 'synthetic voices that read the texts of stamps',
+  'manifest:PATH': "a JSONL manifest of one's own data",
+  'auto': 'stamps where apt-get exists, espeak elsewhere',
+}
+
+
+def default_data_dir() -> Path:
+  """$GATEDFM_DATA, or ~/.cache/gatedfm."""
+  return Path(os.environ.get('GATEDFM_DATA') or Path.home() / '.cache' / 'gatedfm')
+
+
+def load(
+  spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = False
+) -> Source:
+  """Opens a split of a source, preparing it when it is asked for the first time.
+
+  Args:
+    spec: a key of `KNOWN`, with options as in a URL: 'asterisk?max_items=100',
+      'espeak:stamps?voices=2&languages=fra,spa', 'manifest:my.jsonl?max_seconds=20'.
+    split: 'train', 'validation' or 'test'.
+    data_dir: the cache folder, `default_data_dir()` by default.
+    skip_bad: leave out bad lines of a manifest instead of stopping there.
+
+  Raises:
+    DataError: unknown source, option or split, or data that cannot be had.
+  """
+  splits.check_split(split)
+  data_dir = Path(data_dir) if data_dir else default_data_dir()
+  name, _, query = spec.partition('?')
+  if name == 'auto':
+    name = 'stamps' if fetch.has_apt() else 'espeak'
+  kind, _, path = name.partition(':')
+  if kind == 'manifest' and path:
+    options = _options(spec, query, _manifest)
+    return _manifest(split, data_dir, Path(path).expanduser(), skip_bad, **options)
+  if name not in _OPENERS:
+    known = '\n'.join(f'  {key:<14} {what}' for key, what in KNOWN.items())
+    raise DataError(f'unknown source {spec!r}; known are\n{known}')
+  return _OPENERS[name](split, data_dir, **_options(spec, query, _OPENERS[name]))
+
+
+def describe(source: Source) -> str:
+  """A table for printing: recordings and hours per language, and in all."""
+  count, samples = collections.Counter(), collections.Counter()
+  for record in source.records:
+    for key in (record.language, 'all'):
+      count[key] += 1
+      samples[key] += record.num_samples
+  rows = [
+    f'  {key:<4} {count[key]:>7,} {samples[key] / SAMPLE_RATE / 3600:>8.2f} h'
+    for key in sorted(count, key=lambda key: (key == 'all', -count[key]))
+  ]
+  return '\n'.join([f'{source.name}, fingerprint {source.fingerprint}', *rows])
+
+
+def _options(spec: str, query: str, opener: Callable[..., Source]) -> dict[str, Any]:
+  """Options of a spec, by the keyword parameters that the opener declares."""
+  known = {
+    name: parameter.annotation
+    for name, parameter in inspect.signature(opener).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+  }
+  options = {}
+  for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+    if name not in known:
+      names = ', '.join(known) or 'none'
+      raise DataError(f'unknown option {name!r} of source {spec!r}; known are: {names}')
+    try:
+      options[name] = (
+        tuple(value.split(',')) if known[name] is tuple else known[name](value)
+      )
+    except ValueError as error:
+      raise DataError(f'bad option {name!r} of source {spec!r}: {error}') from error
+  return options
+
+
+# The packages behind the sources load when a source is first opened.
+
+
+def _stamps(split: str, data_dir: Path) -> Source:
+  from gatedfm.data import stamps
+
+  return stamps.Stamps(stamps.prepare(data_dir), split)
+
+
+def _asterisk(
+  split: str,
+  data_dir: Path,
+  *,
+  languages: tuple = ('fra', 'spa', 'rus'),
+  max_items: int = 0,
+) -> Source:
+  from gatedfm.data import asterisk
+
+  return asterisk.load(split, data_dir, languages, max_items or None)
+
+
+def _espeak(
+  split: str,
+  data_dir: Path,
+  *,
+  languages: tuple = LANGUAGES,
+  voices: int = 1,
+  seed: int = 0,
+) -> Source:
+  from gatedfm.data import espeak, parallel_terms
+
+  terms = parallel_terms.terms(languages)
+  return espeak.load(split, data_dir, 'espeak', terms, languages, voices, seed)
+
+
+def _espeak_stamps(
+  split: str,
+  data_dir: Path,
+  *,
+  languages: tuple = LANGUAGES,
+  voices: int = 1,
+  seed: int = 0,
+) -> Source:
+  from gatedfm.data import espeak, stamps
+
+  texts = stamps.texts(stamps.prepare(data_dir))
+  return espeak.load(split, data_dir, 'espeak:stamps', texts, languages, voices, seed)
+
+
+def _manifest(
+  split: str,
+  data_dir: Path,
+  path: Path,
+  skip_bad: bool,
+  *,
+  max_seconds: float = 30.0,
+  max_chars: int = 1000,
+) -> Source:
+  from gatedfm.data import manifest
+
+  return manifest.load(path, split, data_dir, skip_bad, max_seconds, max_chars)
+
+
+_OPENERS = {
+  'stamps': _stamps,
+  'asterisk': _asterisk,
+  'espeak': _espeak,
+  'espeak:stamps': _espeak_stamps,
+}

@@ -1,0 +1,252 @@
+"""Evaluates trained points and gathers them into one summary.
+
+A *point* is one trained workdir: the dense model, or a gated one. Its quality goes to
+`evaluation.json` beside the checkpoint and is reused while the checkpoint stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gatedfm import gates as gates_lib
+from gatedfm import metrics
+from gatedfm.data import corpus, sources
+from gatedfm.data.types import SAMPLE_RATE
+from gatedfm.evaluation import quality, timing
+from gatedfm.execution.recognizer import Recognizer
+from gatedfm.models import speech_costs
+from gatedfm.trainers import checkpoints, log, loop
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.log import say
+
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
+
+
+def load_train_config(workdir: Path) -> config_lib.TrainConfig:
+  """The configuration that a workdir was trained with."""
+  return config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
+
+
+def _splits(
+  cfg: config_lib.TrainConfig, assets: corpus.Assets, split: str, other: str, data_dir: Path
+) -> dict[str, corpus.Split]:
+  # Scored on everything: an utterance too long to train on is still one to recognise.
+  whole = {'max_frames': 3_001, 'max_tokens': cfg.model.max_tokens, 'num_buckets': 3}
+  data = dataclasses.replace(cfg.data, bucket_frames=(), **whole)
+  out = {'same': corpus.open_split(data, assets, split, data_dir, say=say)}
+  if other:
+    data = dataclasses.replace(data, sources=(other,), tasks=('lid',), num_buckets=2)
+    out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
+  return out
+
+
+def evaluate(
+  workdir: Path, split: str = 'test', other: str = '', data_dir: str = ''
+) -> dict:
+  """Quality, gates and costs of a point on a split, from `evaluation.json` where it is fresh.
+
+  Args:
+    workdir: of a training run.
+    split: of the training sources; `test` reports once, `validation` may choose.
+    other: source spec for language identification on another source than the trained one.
+    data_dir: where data is prepared.
+  """
+  path = workdir / f'evaluation_{split}.json'
+  with checkpoints.Checkpoints(workdir) as ckpt:
+    key = {'step': ckpt.latest, 'split': split, 'other': other}
+  if path.exists():
+    saved = json.loads(path.read_text())
+    if saved['key'] == key:
+      return saved
+  cfg = load_train_config(workdir)
+  recognizer = Recognizer.load(workdir, 'mask')
+  assets = corpus.Assets.load(workdir / loop.ASSETS)
+  folder = Path(data_dir or cfg.data_dir) if data_dir or cfg.data_dir else None
+  opened = _splits(cfg, assets, split, other, folder or sources.default_data_dir())
+  gate_map, outputs = quality.decode_all(recognizer, opened['same'])
+  counts = quality.counts(outputs)
+  result = {name: c.scores() for name, c in counts.items() if name != 'lid'}
+  result['interval'] = {
+    name: [i.low, i.high] for name, c in counts.items() for i in [metrics.interval(c)]
+  }
+  lid = {
+    'same_source': counts['lid'].pooled() if 'lid' in counts else None,
+    'other_source': None,
+  }
+  if 'other' in opened:
+    _, elsewhere = quality.decode_all(recognizer, opened['other'])
+    lid['other_source'] = quality.counts(elsewhere)['lid'].pooled()
+    lid['confusion_other_source'] = metrics.confusion(
+      [r['reference'] for r in elsewhere], [r['hypothesis'] for r in elsewhere]
+    )
+  result |= {
+    'key': key,
+    'lid': lid,
+    **_costs(cfg, gate_map, opened['same']),
+    'gate_map': {'contexts': gate_map.contexts()},
+    'workdir': str(workdir),
+  }
+  lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in outputs)
+  log.write_atomically(workdir / f'outputs_{split}.jsonl', lines)
+  log.write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + '\n')
+  return result
+
+
+def _costs(
+  cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus.Split
+) -> dict:
+  """Sparsity by site, by modules and by MACs, and MACs per second of audio."""
+  model, sites = cfg.model, cfg.model.sites() if cfg.model.gates.enabled else ()
+  mean = gate_map.mean()
+  gates = gates_lib.Gates({s.name: mean[s.name] for s in sites})
+  examples = split.examples
+  frames = int(np.mean(examples.frames))
+  tokens = int(np.mean(examples.target_lengths))
+  costs = speech_costs.site_costs(model, frames, tokens)
+  closed = lambda by: float(gates_lib.sparsity(gates, sites, by)) if sites else 0.0
+  macs = speech_costs.total_macs(model, frames, tokens, gates if sites else None)
+  return {
+    'sparsity': {
+      'target': cfg.sparsity.target if sites else None,
+      'modules': closed(None),
+      'macs': closed(costs),
+      'sites': {k: float(v) for k, v in gates_lib.sparsity_by_site(gates, sites).items()},
+    },
+    'macs_per_audio_second': float(macs) / (frames / 100),
+  }
+
+
+def timing_utterances(
+  cfg: config_lib.TrainConfig, data_dir: Path, split: str, number: int, longest: int
+) -> list[timing.Utterance]:
+  """`number` utterances of each task, evenly over the split, none longer than `longest` frames."""
+  out = []
+  for source in corpus.open_sources(cfg.data, split, data_dir):
+    rows = [i for i, r in enumerate(source.records) if 257 < r.num_samples <= longest * 160]
+    picked = [
+      rows[j] for j in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)
+    ]
+    out += [
+      timing.Utterance(source.audio(i), source.records[i].language, task)
+      for task in cfg.data.tasks
+      for i in picked
+    ]
+  return out
+
+
+def summarize(
+  points: Mapping[str, Path],
+  workdir: Path,
+  *,
+  baseline: str = 'dense',
+  other: str = '',
+  split: str = 'test',
+  data_dir: str = '',
+  number: int = 40,
+  rounds: int = 5,
+  longest: int = 256,
+) -> dict[str, Any]:
+  """Evaluates and times all points and writes `summary.json` in `workdir`.
+
+  Args:
+    points: trained workdirs by name.
+    baseline: the point that ratios and differences refer to.
+    other, split, data_dir: see `evaluate`.
+    number, rounds, longest: utterances per task, passes and longest frames for timing.
+  """
+  quality_of = {}
+  for name, path in points.items():
+    say(f'evaluate: {name}')
+    quality_of[name] = evaluate(path, split, other, data_dir)
+  cfg = load_train_config(points[baseline])
+  folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
+  utterances = timing_utterances(cfg, folder, split, number, longest)
+  say(
+    f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds'
+  )
+  recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
+  times = timing.side_by_side(recognizers, utterances, rounds, baseline)
+  rows = {name: quality_of[name] | times[name] for name in points}
+  outputs = {name: _outputs(points[name], split) for name in points}
+  for name in points:
+    rows[name]['difference'] = _differences(outputs[name], outputs[baseline])
+  summary = {
+    'schema': 1,
+    'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'seeds': sorted({load_train_config(p).seed for p in points.values()}),
+    'versions': {p: importlib.metadata.version(p) for p in PACKAGES}
+    | {'python': platform.python_version()},
+    'git_revision': loop.git_revision(),
+    'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
+    'command': ' '.join(['python', '-m', 'gatedfm.sweep', *sys.argv[1:]]),
+    'split': split,
+    'data': _data(cfg, folder),
+    'points': rows,
+    'headline': _headline(rows, baseline),
+  }
+  log.write_atomically(
+    workdir / 'summary.json', json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
+  )
+  return summary
+
+
+def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
+  return [
+    json.loads(x) for x in (workdir / f'outputs_{split}.jsonl').read_text().splitlines()
+  ]
+
+
+def _differences(
+  mine: Sequence[dict], baseline: Sequence[dict]
+) -> dict[str, dict[str, float]]:
+  """Point minus baseline for every metric's mean, with its paired 95% bootstrap interval."""
+  key = lambda r: (r['id'], r['task'])
+  a, b = (quality.counts(sorted(x, key=key)) for x in (mine, baseline))
+  out = {}
+  for name in a:
+    i = metrics.difference_interval(a[name], b[name])
+    out[name] = {'value': i.value, 'low': i.low, 'high': i.high}
+  return out
+
+
+def _data(cfg: config_lib.TrainConfig, data_dir: Path) -> dict[str, dict]:
+  """Utterances and hours by split and language."""
+  out: dict[str, dict] = {}
+  for split in ('train', 'validation', 'test'):
+    rows: dict[str, dict] = {}
+    for source in corpus.open_sources(cfg.data, split, data_dir):
+      for r in source.records:
+        row = rows.setdefault(r.language, {'utterances': 0, 'hours': 0.0})
+        row['utterances'] += 1
+        row['hours'] += r.num_samples / SAMPLE_RATE / 3600
+    out[split] = dict(sorted(rows.items()))
+  return out
+
+
+def _headline(rows: Mapping[str, dict], baseline: str) -> dict[str, Any]:
+  """The fastest point whose CER is not worse than the baseline's beyond its interval."""
+  gated = {n: r for n, r in rows.items() if n != baseline}
+  if not gated:
+    return {}
+  fine = {
+    n: r for n, r in gated.items() if r['difference'].get('cer', {'low': 0})['low'] <= 0
+  }
+  name = min(fine or gated, key=lambda n: gated[n]['time_ratio'])
+  row = rows[name]
+  difference = {f'{k}_difference': v['value'] for k, v in row['difference'].items()}
+  return {
+    'point': name,
+    'time_ratio': row['time_ratio'],
+    'no_worse': name in fine,
+  } | difference

@@ -1,0 +1,100 @@
+"""A sweep: points trained one after the other, evaluated, timed side by side and reported.
+
+Every stage leaves its result in the workdir and is not repeated: the same command resumes.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gatedfm.trainers import log
+from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.log import say
+
+
+@dataclasses.dataclass
+class SweepConfig:
+  """Points and how they are compared.
+
+  Attributes:
+    points: training configurations by name, in the order of training; `init_from` may name
+      an earlier point.
+    baseline: the point that times and differences refer to.
+    other: source for language identification away from the training source; '' = none.
+    split: what the summary reports; `validation` while anything is still being chosen.
+    timed: utterances per task for timing; rounds: passes over them; longest: in frames.
+    data_dir: '' is `$GATEDFM_DATA` or the user's cache.
+  """
+
+  points: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
+  baseline: str = 'dense'
+  other: str = ''
+  split: str = 'test'
+  timed: int = 40
+  rounds: int = 5
+  longest: int = 256
+  data_dir: str = ''
+
+
+def run(cfg: SweepConfig, workdir: Path) -> None:
+  """Trains what is not trained yet, then evaluates, times and reports all points.
+
+  Each point trains in a process of its own, so that memory is given back and a device count
+  that suits training does not touch the timing.
+
+  Args:
+    cfg: the sweep.
+    workdir: gets a folder per point, `summary.json` and `report.html`.
+
+  Raises:
+    SystemExit: a training failed or was stopped; its own message says why.
+  """
+  start = time.perf_counter()
+  workdir.mkdir(parents=True, exist_ok=True)
+  for i, name in enumerate(cfg.points):
+    say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
+    command = [sys.executable, '-m', 'gatedfm.sweep', *sys.argv[1:], f'--only={name}']
+    code = subprocess.run(command, env=_training_env()).returncode
+    if code:
+      raise SystemExit(code)
+    say(f'sweep: {log.duration(time.perf_counter() - start)} so far')
+  from gatedfm.analysis import report
+  from gatedfm.evaluation import points
+
+  paths = {name: workdir / name for name in cfg.points}
+  summary = points.summarize(
+    paths, workdir, baseline=cfg.baseline, other=cfg.other, split=cfg.split,
+    data_dir=cfg.data_dir, number=cfg.timed, rounds=cfg.rounds, longest=cfg.longest,
+  )  # fmt: skip
+  report.write_report(summary, workdir / 'report.html')
+  say(report.table(summary))
+  say(report.headline(summary))
+  say(
+    f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html'
+  )
+
+
+def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
+  """Trains one point of the sweep in this process."""
+  from gatedfm.trainers import loop
+
+  train = cfg.points[name]
+  train.name = name
+  train.data_dir = train.data_dir or cfg.data_dir
+  if train.init_from in cfg.points:
+    train.init_from = str(workdir / train.init_from)
+  loop.train(train, workdir / name)
+
+
+def _training_env() -> dict[str, str]:
+  """Elementwise XLA:CPU code runs on one core per device, so each core gets a device."""
+  env = dict(os.environ)
+  cores = (
+    len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  )
+  flag = f'--xla_force_host_platform_device_count={cores}'
+  env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} {flag}'.strip()
+  return env

@@ -1,0 +1,101 @@
+"""Seconds per utterance with real skipping, points side by side in one process.
+
+Each utterance goes through every point in turn, A/B/A/B, from audio samples to tokens on the
+host: features, gate prediction, encoder, cached greedy decoding. Compilation is apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gatedfm.data import features
+from gatedfm.execution import recognizer as recognizer_lib
+from gatedfm.execution.recognizer import Recognizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+  """Audio `[S]` int16 at 16 kHz, its language and the task to time."""
+
+  audio: np.ndarray
+  language: str
+  task: str
+
+
+def run_once(recognizer: Recognizer, utterance: Utterance) -> Any:
+  """From samples to decoded output, not waited for."""
+  mel_TxM = features.log_mel(utterance.audio)
+  frames = len(mel_TxM)
+  padded = np.zeros((1, recognizer_lib.bucket(frames), mel_TxM.shape[1]), np.float32)
+  padded[0, :frames] = mel_TxM
+  return recognizer(
+    padded, np.array([frames], np.int32), utterance.task, [utterance.language]
+  )
+
+
+def side_by_side(
+  recognizers: Mapping[str, Recognizer],
+  utterances: Sequence[Utterance],
+  rounds: int,
+  baseline: str,
+) -> dict[str, dict[str, Any]]:
+  """Times every point on every utterance.
+
+  Args:
+    recognizers: by point name, `skip` execution.
+    utterances: timed one by one, batch 1.
+    rounds: passes over the utterances; the order of the points alternates.
+    baseline: point to which ratios refer.
+
+  Returns: per point `seconds_per_utterance` (median over utterances of the median over
+    rounds, quartiles over utterances), `time_ratio` (sum over utterances, of the medians),
+    `time_ratio_by_task`, `compile_seconds`, `peak_memory_bytes` of the largest program.
+  """
+  compile_seconds = {}
+  for name, recognizer in recognizers.items():
+    start = time.perf_counter()
+    shapes = set()
+    for u in utterances:
+      shape = (
+        recognizer_lib.bucket(int(features.num_frames(len(u.audio)))),
+        u.task == 'lid',
+      )
+      if shape not in shapes:
+        shapes.add(shape)
+        jax.block_until_ready(run_once(recognizer, u))
+    compile_seconds[name] = time.perf_counter() - start
+
+  names = list(recognizers)
+  seconds = {n: np.zeros((rounds, len(utterances))) for n in names}
+  for r in range(rounds):
+    for i, u in enumerate(utterances):
+      for name in names if (r + i) % 2 == 0 else names[::-1]:
+        start = time.perf_counter()
+        jax.block_until_ready(run_once(recognizers[name], u))
+        seconds[name][r, i] = time.perf_counter() - start
+
+  typical = {n: np.median(s, 0) for n, s in seconds.items()}
+  tasks = np.array([u.task for u in utterances])
+  out = {}
+  for name, t in typical.items():
+    base = typical[baseline]
+    q25, median, q75 = np.percentile(t, [25, 50, 75])
+    out[name] = {
+      'seconds_per_utterance': {'median': median, 'q25': q25, 'q75': q75},
+      'time_ratio': t.sum() / base.sum(),
+      'time_ratio_by_task': {
+        task: t[tasks == task].sum() / base[tasks == task].sum()
+        for task in sorted(set(tasks))
+      },
+      'compile_seconds': compile_seconds[name],
+      'peak_memory_bytes': recognizers[name].program_bytes(),
+      'utterances': len(utterances),
+      'rounds': rounds,
+    }
+  return jax.tree.map(lambda x: x if isinstance(x, (int, str)) else float(x), out)

@@ -1,0 +1,101 @@
+"""Audio files through a recognizer, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from gatedfm import gates as gates_lib
+from gatedfm.data import audio_io, features, languages
+from gatedfm.data.types import DataError
+from gatedfm.execution import recognizer as recognizer_lib
+from gatedfm.execution.recognizer import Recognizer
+from gatedfm.models.speech_config import ConfigError
+
+
+class FileError(DataError):
+  """A file that cannot be transcribed; the others go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Text (or language), language, gate pattern and the share of gates that were open."""
+
+  text: str
+  language: str
+  pattern: str
+  open: float
+
+
+def parse_task(task: str) -> str:
+  """`asr`, `lid`, `st:en` or `st:eng` -> the tokenizer's task name.
+
+  Raises:
+    ConfigError: anything else.
+  """
+  if task in ('asr', 'lid'):
+    return task
+  kind, _, target = task.replace('_', ':').partition(':')
+  if kind != 'st' or not target:
+    raise ConfigError(f'task {task!r} is not asr, lid or st:LANGUAGE')
+  return f'st_{parse_language(target)}'
+
+
+def parse_language(code: str) -> str:
+  """Any ISO 639 code (`fr`, `fra`, `fre`) -> 639-3; '' stays ''."""
+  return languages.iso639_3(code) if code else ''
+
+
+def check(recognizer: Recognizer, task: str, language: str) -> None:
+  """Raises ConfigError where the model does not know the task or language."""
+  t = recognizer.tokenizer
+  if task not in t.tasks:
+    raise ConfigError(f'this model does not do {task}; it does {" ".join(t.tasks)}')
+  if language and language not in t.languages:
+    raise ConfigError(
+      f'this model does not know {language}; it knows {" ".join(t.languages)}'
+    )
+  if not language and task != 'lid' and 'lid' not in t.tasks:
+    raise ConfigError('this model cannot identify languages; give --language')
+
+
+def transcribe(
+  recognizer: Recognizer, path: Path, task: str, language: str = '', ctc: bool = False
+) -> Result:
+  """Decodes one file of any rate and container.
+
+  Args:
+    recognizer: `skip` execution, so that closed modules cost nothing.
+    path: the audio file.
+    task, language: as the tokenizer names them; '' identifies the language first.
+    ctc: write the best CTC path.
+
+  Raises:
+    FileError: missing, unreadable, empty or too long.
+  """
+  if not path.exists():
+    raise FileError('no such file')
+  try:
+    mel_TxM = features.log_mel(audio_io.load(path))
+    padded = np.zeros(
+      (1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32
+    )
+  except (DataError, ValueError) as e:
+    raise FileError(str(e)) from None
+  padded[0, : len(mel_TxM)] = mel_TxM
+  frames = np.array([len(mel_TxM)], np.int32)
+  if not language:
+    language = recognizer.languages(recognizer(padded, frames, 'lid', ['']))[0]
+  decoded = recognizer(padded, frames, task, [language])
+  if task == 'lid':
+    language = text = recognizer.languages(decoded)[0]
+  else:
+    text = (recognizer.ctc_texts if ctc else recognizer.texts)(decoded)[0]
+  sites = [s for s in recognizer.cfg.sites() if s.name in decoded.gates.values]
+  if not sites:
+    return Result(text, language, 'dense', 1.0)
+  one = gates_lib.Gates({k: np.asarray(v) for k, v in decoded.gates.values.items()})
+  pattern = gates_lib.pattern(one, sites, example=0)
+  return Result(text, language, str(pattern), pattern.open_fraction)

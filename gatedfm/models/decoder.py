@@ -1,0 +1,203 @@
+"""Transformer decoder, every module behind its gate, with key/value caches for decoding.
+
+Source: `espnet2/asr/decoder/transformer_decoder.py`, pre-norm. Letters: B batch, L tokens,
+S encoder frames, D model width, V vocabulary, N layers, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gatedfm.models import stack as stack_lib
+from gatedfm.models.encoder import FfnBranch, Gates
+from gatedfm.models.speech_config import SpeechConfig
+from gatedfm.nn import attention, gating, layers, subsampling
+from gatedfm.partitioning import constrain
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """A layer's self-attention cache `[B, L, H, K]` and cross-attention keys `[B, S, H, K]`."""
+
+  own: attention.KeyValue
+  cross: attention.KeyValue
+
+
+class DecoderAttention(nn.Module):
+  """Norm, attention, dropout: `[B, L, D] -> [B, L, D]`."""
+
+  cfg: SpeechConfig
+
+  def setup(self):
+    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+    self.norm = layers.LayerNorm()
+    self.attention = attention.Attention(cfg.heads, cfg.d, cfg.attention_dropout, dtype)
+    self.drop = nn.Dropout(cfg.dropout)
+
+  def __call__(
+    self, x: jax.Array, memory: jax.Array | None, mask: jax.Array, deterministic: bool
+  ) -> jax.Array:
+    """Self-attention where `memory` is None, else cross-attention to it."""
+    y = self.norm(x)
+    kv = self.attention.project(y if memory is None else memory)
+    return self.drop(self.attention.attend(y, kv, mask, deterministic), deterministic)
+
+  def project(self, memory: jax.Array) -> attention.KeyValue:
+    """Keys and values of the encoder's output, once per utterance."""
+    return self.attention.project(memory)
+
+  def extend(
+    self, x: jax.Array, cache: attention.KeyValue, position: jax.Array
+  ) -> tuple[jax.Array, attention.KeyValue]:
+    """One cached self-attention step: x `[B, 1, D]` at `position`."""
+    y = self.norm(x)
+    cache = attention.update_cache(cache, self.attention.project(y), position)
+    seen = jnp.arange(cache.key.shape[1]) <= position
+    return self.attention.attend(y, cache, seen), cache
+
+  def read(self, x: jax.Array, kv: attention.KeyValue, mask: jax.Array) -> jax.Array:
+    """One cross-attention step to projected keys and values."""
+    return self.attention.attend(self.norm(x), kv, mask)
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, cross-attention, feed-forward, each a gated residual branch."""
+
+  cfg: SpeechConfig
+
+  def setup(self):
+    cfg = self.cfg
+    self.self_attention = DecoderAttention(cfg)
+    self.cross_attention = DecoderAttention(cfg)
+    self.ffn = FfnBranch(cfg.decoder_ffn, 'relu', 1.0, cfg.dropout, jnp.dtype(cfg.dtype))
+
+  def __call__(
+    self,
+    x: jax.Array,
+    gates: Gates,
+    memory_BxSxD: jax.Array,
+    memory_mask_BxS: jax.Array,
+    deterministic: bool,
+  ) -> tuple[jax.Array, Gates]:
+    """Teacher-forced, x `[B, L, D]`; returns x and the gates used."""
+    run = lambda name, module, x, *args: gating.gated(
+      self.cfg.execution, gates.get(name), module, x, *args
+    )
+    causal = attention.causal_mask(x.shape[1])
+    seen = memory_mask_BxS[:, None, None, :]
+    x = x + run('self_attention', self.self_attention, x, None, causal, deterministic)
+    x = x + run(
+      'cross_attention', self.cross_attention, x, memory_BxSxD, seen, deterministic
+    )
+    x = x + run('ffn', self.ffn, x, deterministic)
+    return constrain(x, 'batch', 'time', 'act_embed'), gates
+
+  def start(self, memory_BxSxD: jax.Array, gates: Gates, length: int) -> LayerCache:
+    """An empty cache for `length` tokens, and the memory's keys and values."""
+    cfg = self.cfg
+    b, s, _ = memory_BxSxD.shape
+    empty = lambda n: attention.empty_cache(
+      b, n, cfg.heads, cfg.d // cfg.heads, memory_BxSxD.dtype
+    )
+    cross = gating.under_gate(
+      cfg.execution,
+      gates.get('cross_attention'),
+      self.cross_attention,
+      lambda m, memory: m.project(memory),
+      lambda m, memory: empty(s),
+      memory_BxSxD,
+    )
+    return LayerCache(empty(length), cross)
+
+  def step(
+    self,
+    x: jax.Array,
+    cache: LayerCache,
+    gates: Gates,
+    position: jax.Array,
+    memory_mask_BxS: jax.Array,
+  ) -> tuple[jax.Array, LayerCache]:
+    """One token: x `[B, 1, D]`. The cache passes through a closed gate untouched."""
+    mode = self.cfg.execution
+    y, own = gating.under_gate(
+      mode,
+      gates.get('self_attention'),
+      self.self_attention,
+      lambda m, x, own: m.extend(x, own, position),
+      lambda m, x, own: (jnp.zeros_like(x), own),
+      x,
+      cache.own,
+    )
+    x = x + gating.scale(mode, gates.get('self_attention'), y)
+    y = gating.under_gate(
+      mode,
+      gates.get('cross_attention'),
+      self.cross_attention,
+      lambda m, x: m.read(x, cache.cross, memory_mask_BxS[:, None, None, :]),
+      lambda m, x: jnp.zeros_like(x),
+      x,
+    )
+    x = x + gating.scale(mode, gates.get('cross_attention'), y)
+    x = x + gating.gated(mode, gates.get('ffn'), self.ffn, x, True)
+    return x, LayerCache(own, cache.cross)
+
+
+class Decoder(nn.Module):
+  """Embedding, layers, closing norm and untied output layer."""
+
+  cfg: SpeechConfig
+
+  def setup(self):
+    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+    init = nn.initializers.normal(cfg.d**-0.5)
+    self.embedding = layers.param(
+      self, 'embedding', init, ('vocab', 'embed'), (cfg.vocab_size, cfg.d)
+    )
+    self.drop = nn.Dropout(cfg.dropout)
+    self.layers = stack_lib.Stack(DecoderLayer, cfg, cfg.decoder_layers)
+    self.after_norm = layers.LayerNorm()
+    self.output = layers.Linear(cfg.vocab_size, ('embed', 'vocab'), dtype)
+
+  def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
+    return self.embedding[tokens_BxL].astype(jnp.dtype(self.cfg.activation_dtype))
+
+  def __call__(
+    self,
+    tokens_BxL: jax.Array,
+    gates: Gates,
+    memory_BxSxD: jax.Array,
+    memory_mask_BxS: jax.Array,
+    deterministic: bool,
+  ) -> jax.Array:
+    """Teacher-forced logits, `[B, L, V]` float32."""
+    x = self.drop(subsampling.add_positions(self._embed(tokens_BxL)), deterministic)
+    x, _ = self.layers(x, gates, memory_BxSxD, memory_mask_BxS, deterministic)
+    return self.output(self.after_norm(x)).astype(jnp.float32)
+
+  def start(self, memory_BxSxD: jax.Array, gates: Gates, length: int) -> list[LayerCache]:
+    """One cache per layer; needs the unrolled layout (`scan_layers=False`)."""
+    return self.layers.each(lambda layer, g, _: layer.start(memory_BxSxD, g, length), gates)
+
+  def step(
+    self,
+    tokens_B: jax.Array,
+    position: jax.Array,
+    caches: list[LayerCache],
+    gates: Gates,
+    memory_mask_BxS: jax.Array,
+  ) -> tuple[jax.Array, list[LayerCache]]:
+    """One token of each example: logits `[B, V]` float32 and the new caches."""
+    limit = caches[0].own.key.shape[1]
+    x = subsampling.add_positions(self._embed(tokens_B[:, None]), position, limit)
+    new = []
+
+    def visit(layer: DecoderLayer, layer_gates: Gates, i: int) -> None:
+      nonlocal x
+      x, cache = layer.step(x, caches[i], layer_gates, position, memory_mask_BxS)
+      new.append(cache)
+
+    self.layers.each(visit, gates)
+    return self.output(self.after_norm(x))[:, 0].astype(jnp.float32), new

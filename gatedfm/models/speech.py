@@ -1,0 +1,167 @@
+"""The gated speech encoder-decoder: recognition, translation, language identification.
+
+Letters: B batch, T frames of 10 ms, S frames of 40 ms, M mel bands, L tokens, V vocabulary,
+N layers, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gatedfm.gates import Gates
+from gatedfm.models import decoder as decoder_lib
+from gatedfm.models import encoder as encoder_lib
+from gatedfm.models import stack
+from gatedfm.models.gate_predictor import GatePredictor
+from gatedfm.models.speech_config import SpeechConfig
+from gatedfm.nn import gating, layers, subsampling
+
+
+@flax.struct.dataclass
+class Encoded:
+  """What the encoder leaves for the decoder: `[B, S, D]`, `[B, S]` bool, all gates used."""
+
+  memory: jax.Array
+  mask: jax.Array
+  gates: Gates
+
+
+@flax.struct.dataclass
+class Output:
+  """Teacher-forced logits: CTC `[B, S, V]`, decoder `[B, L, V]`; and the encoder's output."""
+
+  ctc_logits: jax.Array
+  logits: jax.Array
+  encoded: Encoded
+
+
+class SpeechModel(nn.Module):
+  """E-Branchformer or Transformer encoder, Transformer decoder, CTC head, gate predictor.
+
+  Gates come from the caller (`gates=`), else from the predictor where the configuration has
+  one, else there are none: the dense model.
+  """
+
+  cfg: SpeechConfig
+
+  def setup(self):
+    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+    channels = cfg.subsampling_channels or cfg.d
+    self.subsample = subsampling.Conv2dSubsampling(cfg.d, channels, dtype)
+    self.drop = nn.Dropout(cfg.dropout)
+    self.encoder = encoder_lib.Encoder(cfg)
+    self.decoder = decoder_lib.Decoder(cfg)
+    self.ctc = layers.Linear(cfg.vocab_size, ('embed', 'vocab'), dtype)
+    if cfg.predicts('encoder') and cfg.gates.scope == 'global':
+      self.encoder_gates = GatePredictor(cfg, 'encoder', cfg.encoder_layers)
+    if cfg.predicts('decoder'):
+      # In the decoder a layer's own input would not be known before decoding starts, so
+      # layer-wise predictors there read the same pooled speech, each with its own network.
+      if cfg.gates.scope == 'global':
+        self.decoder_gates = GatePredictor(cfg, 'decoder', cfg.decoder_layers)
+      else:
+        self.decoder_gates = nn.vmap(
+          GatePredictor,
+          variable_axes={'params': 0},
+          split_rngs={'params': True, 'gates': True},
+          in_axes=None,
+          axis_size=cfg.decoder_layers,
+          metadata_params={nn.PARTITION_NAME: 'layers'},
+        )(cfg, 'decoder', 1)
+
+  def encode(
+    self,
+    features_BxTxM: jax.Array,
+    frames_B: jax.Array,
+    context: gating.Context,
+    gates: Gates | None = None,
+    deterministic: bool = True,
+  ) -> Encoded:
+    """Encodes normalised log-mel features and decides every gate of the utterance.
+
+    Args:
+      features_BxTxM: normalised log-mel, anything beyond `frames_B` is ignored.
+      frames_B: valid frames per example.
+      context: language, task and how gates are decided.
+      gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site.
+      deterministic: False turns dropout on.
+    """
+    cfg = self.cfg
+    mask_BxT = jnp.arange(features_BxTxM.shape[1]) < frames_B[:, None]
+    x = jnp.where(mask_BxT[..., None], features_BxTxM, 0)
+    x = self.subsample(x.astype(jnp.dtype(cfg.activation_dtype)))
+    mask_BxS = subsampling.subsampled_mask(mask_BxT)
+    x = self.drop(subsampling.add_positions(x), deterministic)
+
+    given = {
+      s: gates.stack(s, cfg.all_sites()) if gates else {} for s in ('encoder', 'decoder')
+    }
+    pooled_BxD = gating.masked_mean(x, mask_BxS)
+    if not gates and cfg.predicts('encoder') and cfg.gates.scope == 'global':
+      given['encoder'] = self.encoder_gates(pooled_BxD, context)
+    memory_BxSxD, given['encoder'] = self.encoder(
+      x, given['encoder'], mask_BxS, context, deterministic
+    )
+    if not gates and cfg.predicts('decoder'):
+      if cfg.gates.decoder_reads == 'memory':
+        pooled_BxD = gating.masked_mean(memory_BxSxD, mask_BxS)
+      decided = self.decoder_gates(pooled_BxD, context)
+      given['decoder'] = {m: g.reshape(cfg.decoder_layers, -1) for m, g in decided.items()}
+    used = Gates({f'{s}/{m}': g for s, stack_ in given.items() for m, g in stack_.items()})
+    return Encoded(memory_BxSxD, mask_BxS, used)
+
+  def __call__(
+    self,
+    features_BxTxM: jax.Array,
+    frames_B: jax.Array,
+    tokens_BxL: jax.Array,
+    context: gating.Context,
+    gates: Gates | None = None,
+    deterministic: bool = True,
+  ) -> Output:
+    """Teacher-forced forward pass: `encode`, then logits for every input token."""
+    encoded = self.encode(features_BxTxM, frames_B, context, gates, deterministic)
+    logits_BxLxV = self.decoder(
+      tokens_BxL, decoder_gates(encoded), encoded.memory, encoded.mask, deterministic
+    )
+    return Output(self.ctc_logits(encoded), logits_BxLxV, encoded)
+
+  def ctc_logits(self, encoded: Encoded) -> jax.Array:
+    """CTC logits, `[B, S, V]` float32."""
+    return self.ctc(encoded.memory).astype(jnp.float32)
+
+  def start(self, encoded: Encoded, length: int) -> list[decoder_lib.LayerCache]:
+    """Decoder caches for up to `length` tokens; cross keys and values are projected here."""
+    return self.decoder.start(encoded.memory, decoder_gates(encoded), length)
+
+  def step(
+    self,
+    tokens_B: jax.Array,
+    position: jax.Array,
+    caches: list[decoder_lib.LayerCache],
+    encoded: Encoded,
+  ) -> tuple[jax.Array, list[decoder_lib.LayerCache]]:
+    """One decoding step at `position`: logits `[B, V]` and the new caches."""
+    return self.decoder.step(
+      tokens_B, position, caches, decoder_gates(encoded), encoded.mask
+    )
+
+
+def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:
+  """The decoder's share of the gates, by module name."""
+  values = encoded.gates.values
+  return {k.split('/', 1)[1]: v for k, v in values.items() if k.startswith('decoder/')}
+
+
+def for_inference(
+  cfg: SpeechConfig, params: dict[str, Any], execution: str = 'mask'
+) -> tuple[SpeechModel, dict[str, Any]]:
+  """The model and parameters in the unrolled layout, which skipping and decoding need."""
+  cfg = dataclasses.replace(cfg, scan_layers=False, remat='none', execution=execution)
+  return SpeechModel(cfg), stack.unstack(params)

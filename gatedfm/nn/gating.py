@@ -1,0 +1,191 @@
+"""Running a module under its gate, and predicting gates from the context.
+
+Letters: B batch, N layers, M modules of a stack, E context width, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gatedfm.nn import layers
+
+EXECUTIONS = ('mask', 'skip')
+
+
+@flax.struct.dataclass
+class Context:
+  """What a gate predictor may read beside speech, and how it decides.
+
+  Attributes:
+    language: `[B]` ids, 0 = unknown.
+    task: `[B]` ids.
+    temperature: tau of the Gumbel-Softmax.
+    sample: True samples straight-through (needs the `gates` PRNG); False thresholds.
+  """
+
+  language: jax.Array
+  task: jax.Array
+  temperature: jax.Array | float = 1.0
+  sample: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def under_gate(
+  execution: str,
+  gate: jax.Array | None,
+  module: nn.Module,
+  run: Callable[..., Any],
+  skip: Callable[..., Any],
+  *operands: Any,
+) -> Any:
+  """`run(module, *operands)`, or under `skip` with a closed gate `skip(module, *operands)`.
+
+  Args:
+    execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
+      costs nothing.
+    gate: None (no gate), a scalar, or one value per example (several examples: mask only).
+    module: the module whose parameters the branches may use, and no other's.
+    run, skip: branches of equal output shapes and types.
+
+  Raises:
+    ValueError: an unknown execution, or gates that differ by example under `skip`.
+  """
+  if execution not in EXECUTIONS:
+    raise ValueError(f'execution {execution!r} is not one of {EXECUTIONS}')
+  if gate is None or execution == 'mask' or module.is_initializing():
+    return run(module, *operands)
+  if gate.size > 1:
+    raise ValueError(
+      f'skip needs one gate for the whole batch, got one of shape {gate.shape}; '
+      "run one utterance (or one gate pattern) at a time, or use execution='mask'"
+    )
+  # Only this module's parameters are lifted into the branches, so only they are operands.
+  return nn.cond(gate.reshape(()) > 0, run, skip, module, *operands)
+
+
+def scale(execution: str, gate: jax.Array | None, y: jax.Array) -> jax.Array:
+  """`gate * y` under `mask`, the gate over leading axes; `y` itself where `skip` has chosen."""
+  if gate is None or execution != 'mask':
+    return y
+  return gate.astype(y.dtype).reshape(gate.shape + (1,) * (y.ndim - gate.ndim)) * y
+
+
+def gated(
+  execution: str, gate: jax.Array | None, module: nn.Module, x: jax.Array, *args: Any
+) -> jax.Array:
+  """What `module` contributes under its gate: `gate * module(x, *args)`, shaped like `x`."""
+  run = lambda m, x: m(x, *args)
+  skip = lambda m, x: jnp.zeros_like(x)
+  return scale(execution, gate, under_gate(execution, gate, module, run, skip, x))
+
+
+def straight_through_gumbel(
+  logits: jax.Array, temperature: jax.Array | float, key: jax.Array
+) -> jax.Array:
+  """Hard keep/drop samples with the soft sample's gradient.
+
+  `y = softmax((logits + Gumbel) / tau); g = onehot(argmax y) + (y - stop_gradient(y))`.
+
+  Args:
+    logits: `[..., 2]`, (drop, keep).
+    temperature: tau.
+    key: PRNG key.
+
+  Returns: `[...]`, the keep column, 0 or 1 going forward.
+  """
+  noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+  soft = jax.nn.softmax((logits + noise) / temperature)
+  hard = jax.nn.one_hot(jnp.argmax(soft, -1), 2, dtype=soft.dtype)
+  # The difference first, which is exactly 0: `hard + soft` would round, and 1 become 0.99999994.
+  return (hard + (soft - jax.lax.stop_gradient(soft)))[..., 1]
+
+
+class ContextEmbedding(nn.Module):
+  """Embeds language and task and joins them with pooled speech: `[B, E]`.
+
+  Algorithm 1 concatenates; the author's page says "added to the input": `combine` offers
+  both. With an empty context the output is a constant, which makes the predictor a learned
+  static mask.
+
+  Attributes:
+    context: any subset of speech, language, task.
+    combine: `concat` or `add`.
+    languages, tasks: vocabulary sizes (language 0 is "unknown").
+    features: width of each embedding; under `add`, the pooled speech's width is used.
+  """
+
+  context: tuple[str, ...]
+  combine: str
+  languages: int
+  tasks: int
+  features: int
+
+  @nn.compact
+  def __call__(self, pooled_BxD: jax.Array, context: Context) -> jax.Array:
+    width = pooled_BxD.shape[-1] if self.combine == 'add' else self.features
+    init = nn.initializers.normal(1.0 if self.combine == 'concat' else 0.02)
+    parts = []
+    for name, size, ids in (
+      ('language', self.languages, context.language),
+      ('task', self.tasks, context.task),
+    ):
+      if name in self.context:
+        table = layers.param(self, name, init, ('small', 'small'), (size, width))
+        parts.append(table[ids])
+    if 'speech' in self.context:
+      # Unit scale, so that neither half drowns the other.
+      parts.append(layers.LayerNorm(name='norm')(pooled_BxD))
+    if not parts:
+      return jnp.ones((pooled_BxD.shape[0], 1))
+    return sum(parts) if self.combine == 'add' else jnp.concatenate(parts, -1)
+
+
+class GateMlp(nn.Module):
+  """The predictor's network G: `[B, E] -> [B, gates, 2]` logits (drop, keep).
+
+  Attributes:
+    gates: how many decisions.
+    hidden: widths of the hidden layers (I3D: one of 32).
+    open_bias: initial keep-minus-drop logit, so that training starts from the dense model.
+  """
+
+  gates: int
+  hidden: Sequence[int]
+  open_bias: float
+
+  @nn.compact
+  def __call__(self, x_BxE: jax.Array) -> jax.Array:
+    x = x_BxE
+    for i, width in enumerate(self.hidden):
+      x = jax.nn.relu(layers.Linear(width, ('small', 'small'), name=f'hidden_{i}')(x))
+    init = nn.initializers.normal(0.01)
+    kernel = layers.param(
+      self, 'kernel', init, ('small', 'small'), (x.shape[-1], self.gates * 2)
+    )
+    start = lambda key, shape: jnp.tile(jnp.array([0.0, self.open_bias]), shape[0] // 2)
+    bias = layers.param(self, 'bias', start, ('small',), (self.gates * 2,))
+    return (x @ kernel + bias).reshape(-1, self.gates, 2)
+
+
+def decide(
+  logits: jax.Array, threshold: float, temperature: jax.Array | float, key: jax.Array | None
+) -> jax.Array:
+  """Gates from logits `[..., 2]`: sampled straight-through with a key, else by threshold.
+
+  Without a key a module runs if its keep probability exceeds `threshold`; 0.5 is the argmax.
+  """
+  if key is not None:
+    return straight_through_gumbel(logits, temperature, key)
+  return (jax.nn.softmax(logits)[..., 1] > threshold).astype(logits.dtype)
+
+
+def masked_mean(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+  """Mean over the frames that `mask` keeps, `[B, D]` float32; zeros where it keeps none."""
+  weight = mask_BxT[..., None].astype(jnp.float32)
+  total = jnp.sum(x_BxTxD.astype(jnp.float32) * weight, 1)
+  return total / jnp.maximum(jnp.sum(weight, 1), 1.0)

@@ -1,0 +1,217 @@
+"""Linear, norm, feed-forward and convolution layers with logical axis names.
+
+Letters: B batch, T time (frames or tokens), D model, F hidden, C channels, K kernel taps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Dtype = Any
+
+
+def param(
+  module: nn.Module,
+  name: str,
+  init: Callable,
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+) -> jax.Array:
+  """A float32 parameter whose axes carry logical names."""
+  # Flax wants each name once; further small axes are replicated all the same.
+  named = tuple(None if a in axes[:i] else a for i, a in enumerate(axes))
+  return module.param(name, nn.with_logical_partitioning(init, named), tuple(shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
+  """`x @ w` with operands in `dtype`, accumulated in float32, returned in x's dtype.
+
+  Shapes `[..., in] @ [in, out]`. The hand-written gradient casts its operands as well:
+  left to autodiff, a float32 cotangent would pull both gradient products up to float32, and
+  on CPUs that is three times slower than bfloat16 tiles.
+  """
+  return _dot(x, w, dtype, x.dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array, dtype: Dtype, out: Dtype) -> jax.Array:
+  y = jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+  return y.astype(out)
+
+
+def _dot_grad(dtype: Dtype, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, w, like = saved
+  dx = _dot(dy, w.T, dtype, like.dtype)
+  rows = lambda a: a.reshape(-1, a.shape[-1])
+  return dx, _dot(rows(x).T, rows(dy), dtype, jnp.float32)
+
+
+dot.defvjp(
+  lambda x, w, dtype: (
+    _dot(x, w, dtype, x.dtype),
+    (x.astype(dtype), w.astype(dtype), jnp.zeros((), x.dtype)),
+  ),
+  _dot_grad,
+)
+
+
+@jax.jit
+def swish(x: jax.Array) -> jax.Array:
+  """`x * sigmoid(x)`; a nested jit, so that XLA:CPU does not recompute it in every consumer."""
+  return jax.nn.swish(x)
+
+
+@jax.jit
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact (erf) GELU, nested like `swish`."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+@functools.partial(jax.jit, static_argnames='epsilon')
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+  """Layer normalisation over the last axis in float32, returned in x's dtype.
+
+  The variance is taken about the mean: with ESPnet's epsilon of 1e-12, E[x^2] - E[x]^2 would
+  go negative.
+  """
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, -1, keepdims=True)
+  y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)
+  return (y * scale + bias).astype(x.dtype)
+
+
+class Linear(nn.Module):
+  """`x @ kernel + bias` over the last axis, `[..., in] -> [..., features]`.
+
+  Attributes:
+    features: output width.
+    axes: logical names of the kernel's (input, output) axes.
+    dtype: of the product's operands; the result has x's dtype, parameters are float32.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: Dtype = jnp.float32
+  kernel_init: Callable = nn.initializers.xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = param(
+      self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features)
+    )
+    bias = param(self, 'bias', nn.initializers.zeros, ('small',), (self.features,))
+    return dot(x, kernel, self.dtype) + bias.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation with ESPnet's epsilon, 1e-12 (`transformer/layer_norm.py`)."""
+
+  epsilon: float = 1e-12
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = param(self, 'scale', nn.initializers.ones, ('small',), (x.shape[-1],))
+    bias = param(self, 'bias', nn.initializers.zeros, ('small',), (x.shape[-1],))
+    return normalize(x, scale, bias, self.epsilon)
+
+
+class FeedForward(nn.Module):
+  """`w_2(dropout(activation(w_1 x)))`, `[B, T, D] -> [B, T, D]`."""
+
+  hidden: int
+  activation: Callable[[jax.Array], jax.Array]
+  dropout: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, deterministic: bool = True) -> jax.Array:
+    d = x_BxTxD.shape[-1]
+    h_BxTxF = Linear(self.hidden, ('embed', 'mlp'), self.dtype, name='w_1')(x_BxTxD)
+    h_BxTxF = self.activation(h_BxTxF)
+    h_BxTxF = nn.Dropout(self.dropout)(h_BxTxF, deterministic)
+    return Linear(d, ('mlp', 'embed'), self.dtype, name='w_2')(h_BxTxF)
+
+
+@functools.partial(jax.jit, static_argnames='flip')
+def _shift(x_BxTxC: jax.Array, kernel_KxC: jax.Array, flip: bool = False) -> jax.Array:
+  k, t = kernel_KxC.shape[0], x_BxTxC.shape[1]
+  left = (k - 1) // 2 if flip else k // 2
+  padded = jnp.pad(x_BxTxC, ((0, 0), (left, k - 1 - left), (0, 0)))
+  taps = kernel_KxC[::-1] if flip else kernel_KxC
+  return functools.reduce(jnp.add, (padded[:, i : i + t] * taps[i] for i in range(k)))
+
+
+@jax.jit
+def _shift_kernel_grad(
+  x_BxTxC: jax.Array, dy_BxTxC: jax.Array, like_KxC: jax.Array
+) -> jax.Array:
+  k, t = like_KxC.shape[0], x_BxTxC.shape[1]
+  padded = jnp.pad(x_BxTxC, ((0, 0), (k // 2, (k - 1) // 2), (0, 0)))
+  return jnp.stack([jnp.sum(padded[:, i : i + t] * dy_BxTxC, (0, 1)) for i in range(k)])
+
+
+@jax.custom_vjp
+def depthwise_shift(x_BxTxC: jax.Array, kernel_KxC: jax.Array) -> jax.Array:
+  """Depthwise 'same' convolution over time as K shift-and-adds.
+
+  XLA:CPU lowers a grouped convolution to a scalar loop about 25 times slower than this. The
+  nested jit keeps XLA from fusing what produces `x` into every one of the K shifts, and the
+  hand-written gradient is again K shifts instead of K padded copies.
+  """
+  return _shift(x_BxTxC, kernel_KxC)
+
+
+depthwise_shift.defvjp(
+  lambda x, kernel: (_shift(x, kernel), (x, kernel)),
+  lambda saved, dy: (
+    _shift(dy, saved[1], flip=True),
+    _shift_kernel_grad(saved[0], dy, saved[1]),
+  ),
+)
+
+
+def depthwise_grouped(x_BxTxC: jax.Array, kernel_KxC: jax.Array) -> jax.Array:
+  """Depthwise 'same' convolution over time as one grouped convolution (GPU, TPU)."""
+  k = kernel_KxC.shape[0]
+  return lax.conv_general_dilated(
+    x_BxTxC,
+    kernel_KxC[:, None, :],
+    window_strides=(1,),
+    padding=[(k // 2, (k - 1) // 2)],
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+    feature_group_count=x_BxTxC.shape[-1],
+  )
+
+
+def depthwise(x_BxTxC: jax.Array, kernel_KxC: jax.Array) -> jax.Array:
+  """Depthwise 'same' convolution in the backend's fast form, without bias, in x's dtype.
+
+  On CPU bfloat16 vector arithmetic is emulated, so taps and sum are float32 there.
+  """
+  if jax.default_backend() == 'cpu':
+    return depthwise_shift(x_BxTxC.astype(jnp.float32), kernel_KxC).astype(x_BxTxC.dtype)
+  return depthwise_grouped(x_BxTxC, kernel_KxC.astype(x_BxTxC.dtype))
+
+
+class DepthwiseConv(nn.Module):
+  """Depthwise convolution over time with bias, zero-padded, `[B, T, C] -> [B, T, C]`."""
+
+  kernel_size: int
+  kernel_init: Callable = nn.initializers.normal(1e-6)
+  bias_init: Callable = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
+    c = x_BxTxC.shape[-1]
+    kernel = param(
+      self, 'kernel', self.kernel_init, ('small', 'small'), (self.kernel_size, c)
+    )
+    bias = param(self, 'bias', self.bias_init, ('small',), (c,))
+    return depthwise(x_BxTxC, kernel) + bias.astype(x_BxTxC.dtype)

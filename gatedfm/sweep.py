@@ -1,0 +1,36 @@
+"""Trains, evaluates, times and reports a family of models; restartable.
+
+Example:
+  python -m gatedfm.sweep --config=configs/gated_speech/quickstart.py --workdir=runs/quickstart
+
+The same command resumes: what is trained, evaluated or prepared is not repeated.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from gatedfm import mains
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where points, summary and report go.')
+_ONLY = flags.DEFINE_string('only', None, 'Train this point alone, and stop.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(argv: list[str]) -> None:
+  mains.no_arguments(argv)
+  mains.set_up()
+  from gatedfm.evaluation import sweep
+
+  with mains.clear_errors():
+    if _ONLY.value:
+      sweep.train_point(_CONFIG.value, Path(_WORKDIR.value), _ONLY.value)
+    else:
+      sweep.run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+if __name__ == '__main__':
+  sys.exit(app.run(main))

@@ -1,0 +1,32 @@
+"""Trains a model.
+
+Example:
+  python -m gatedfm.train --config=configs/gated_speech/tiny.py --workdir=runs/tiny \
+      --config.model.d=96 --config.steps=500
+
+The same command on the same workdir resumes.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from gatedfm import mains
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and assets go.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(argv: list[str]) -> None:
+  mains.no_arguments(argv)
+  mains.set_up()
+  from gatedfm.trainers import loop
+
+  with mains.clear_errors():
+    loop.train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == '__main__':
+  sys.exit(app.run(main))

@@ -1,0 +1,153 @@
+"""Checkpoints: the one file that knows orbax (v1 API).
+
+A checkpoint holds the train state and the run's progress: batches taken from the data and
+seconds trained. Saves are asynchronous and atomic: a run may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+FOLDER = 'checkpoints'
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is not there or does not fit; the message says what to do."""
+
+
+def _abstract_progress() -> dict[str, Any]:
+  return {'next_batch': np.zeros((), np.int64), 'seconds': np.zeros((), np.float64)}
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  Args:
+    workdir: checkpoints go to its folder `checkpoints`.
+    keep: how many of the latest stay.
+  """
+
+  def __init__(self, workdir: Path, keep: int = 2):
+    self._manager = ocp.training.Checkpointer(
+      (workdir / FOLDER).absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  @property
+  def latest(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest.step if self._manager.latest else None
+
+  def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+    """Saves in the background; a step that is saved already is left alone."""
+    if self.latest != step:
+      progress = {
+        'next_batch': np.asarray(progress['next_batch'], np.int64),
+        'seconds': np.asarray(progress['seconds'], np.float64),
+      }
+      self._manager.save_checkpointables_async(step, {'state': state, 'progress': progress})
+
+  def load(self, abstract_state: Any) -> tuple[Any, dict[str, float]]:
+    """The newest state, laid out as `abstract_state` says, and progress."""
+    out = self._manager.load_checkpointables(
+      self.latest, {'state': abstract_state, 'progress': _abstract_progress()}
+    )
+    return out['state'], {k: v.item() for k, v in out['progress'].items()}
+
+  def wait(self) -> None:
+    """Returns when nothing is being written any more."""
+    self._manager.wait()
+
+  def close(self) -> None:
+    """Waits for what is being written and lets go."""
+    self._manager.wait()
+    self._manager.close()
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+
+def _paths(tree: Any) -> dict[str, tuple[int, ...]]:
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(p, simple=True, separator='/'): tuple(a.shape) for p, a in flat
+  }
+
+
+def _mismatches(
+  want: dict[str, tuple], have: dict[str, tuple], optional: str
+) -> Iterator[str]:
+  for name in sorted(set(want) | set(have)):
+    if name not in have:
+      if not any(part in name.split('/') for part in optional.split()):
+        yield f'{name} {want[name]}: not in the checkpoint'
+    elif name not in want:
+      yield f'{name} {have[name]}: not in the model'
+    elif want[name] != have[name]:
+      yield f'{name}: model {want[name]}, checkpoint {have[name]}'
+
+
+def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
+  """The parameters of a workdir's newest checkpoint.
+
+  Args:
+    workdir: of a training run.
+    abstract: parameter tree of `jax.ShapeDtypeStruct` with shardings, or None for host
+      arrays as they were saved.
+    optional: space-separated module names that the checkpoint may lack (a gate predictor);
+      they are absent from the result then.
+
+  Raises:
+    CheckpointError: no checkpoint, or parameters that do not match, all of them by name.
+  """
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    raise CheckpointError(
+      f'{workdir} has no checkpoints; give the workdir of a training run'
+    )
+  with ocp.training.Checkpointer(folder.absolute()) as manager:
+    if not manager.latest:
+      raise CheckpointError(f'{folder} holds no complete checkpoint; train first')
+    step = manager.latest.step
+    saved = manager.checkpointables_metadata(step).metadata['state'].params
+  if abstract is None:
+    target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
+  else:
+    wrong = list(_mismatches(_paths(abstract), _paths(saved), optional))
+    if wrong:
+      raise CheckpointError(
+        f'{len(wrong)} parameters of {workdir} do not fit the model:\n  '
+        + '\n  '.join(wrong)
+      )
+    target = {k: v for k, v in abstract.items() if k in saved}
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  with context:
+    path = str((folder / str(step)).absolute())
+    return ocp.load(path, {'params': target}, checkpointable_name='state')['params']
+
+
+def load_config(workdir: Path) -> dict[str, Any]:
+  """The configuration that a workdir was trained with, as plain data.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise CheckpointError(
+      f'{workdir} has no config.json; give the workdir of a training run'
+    )
+  return json.loads(path.read_text())

@@ -1,0 +1,207 @@
+"""The training configuration: mutable dataclasses, overridable by `--config.a.b=value`."""
+
+import dataclasses
+import json
+import typing
+from typing import Any
+
+from gatedfm.data.pipeline import DataConfig
+from gatedfm.models.speech_config import ConfigError, GateConfig, SpeechConfig, choice
+from gatedfm.trainers.augment import AugmentConfig
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """The optimizer; weight decay is decoupled and on kernels and embeddings alone.
+
+  Attributes:
+    name: `muon` (orthogonalised momentum for matrices, Adam for the rest; Jordan et al. 2024)
+      or `adamw`.
+    peak_lr, warmup, schedule: learning rate, its linear warm-up in steps, then `cosine` to
+      `final_fraction` of the peak, `rsqrt` (Noam) or `constant`.
+    gate_lr: peak of the gate predictor's own learning rate, same schedule.
+    clip: global gradient norm.
+  """
+
+  name: str = 'muon'
+  peak_lr: float = 1e-3
+  gate_lr: float = 1e-2
+  warmup: int = 500
+  schedule: str = 'cosine'
+  final_fraction: float = 0.02
+  b1: float = 0.9
+  b2: float = 0.98
+  eps: float = 1e-8
+  weight_decay: float = 1e-2
+  clip: float = 5.0
+
+  def validate(self) -> None:
+    choice('optimizer.name', self.name, ('muon', 'adamw'))
+    choice('optimizer.schedule', self.schedule, ('cosine', 'rsqrt', 'constant'))
+    if self.peak_lr <= 0 or self.gate_lr <= 0 or self.clip <= 0 or self.warmup < 1:
+      raise ConfigError(
+        'optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1'
+      )
+
+
+@dataclasses.dataclass
+class SparsityConfig:
+  """How gates are driven to a sparsity target; used where `model.gates.enabled`.
+
+  Attributes:
+    target: closed fraction to reach, 0 to 1.
+    ramp: fraction of the training over which the target rises linearly from 0.
+    weight: alpha of the penalty.
+    penalty: `abs_squared`, `abs`, `squared` or `hinge`; see `losses.sparsity_penalty`.
+    count: `modules` counts gates alike, `macs` weighs them by their cost.
+    per_stack: True holds encoder and decoder each to the target, False their sum.
+    tau_start, tau_end: temperature of the Gumbel-Softmax, geometric in between.
+    freeze: last fraction of the training in which gates are decided by threshold instead of
+      sampled and the predictor rests, so that the weights settle on the gates used.
+  """
+
+  target: float = 0.5
+  ramp: float = 0.3
+  weight: float = 10.0
+  penalty: str = 'abs_squared'
+  count: str = 'modules'
+  per_stack: bool = False
+  tau_start: float = 1.0
+  tau_end: float = 0.3
+  freeze: float = 0.3
+
+  def validate(self) -> None:
+    choice('sparsity.penalty', self.penalty, ('abs_squared', 'abs', 'squared', 'hinge'))
+    choice('sparsity.count', self.count, ('modules', 'macs'))
+    if not 0 <= self.target < 1:
+      raise ConfigError(
+        f'sparsity.target is {self.target}; it is the closed fraction, in [0, 1)'
+      )
+    if not 0 <= self.ramp <= 1 or not 0 <= self.freeze < 1:
+      raise ConfigError('sparsity.ramp and sparsity.freeze are fractions of the training')
+    if self.tau_start <= 0 or self.tau_end <= 0:
+      raise ConfigError('sparsity.tau_start and tau_end must be positive')
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Sizes of the mesh axes; -1 takes the devices that are left."""
+
+  data: int = -1
+  fsdp: int = 1
+  model: int = 1
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Everything that a training run depends on.
+
+  Attributes:
+    name: shown in logs and reports.
+    seed: of parameters, order, dropout and gates.
+    steps: optimizer steps.
+    vocab: SentencePiece vocabulary, symbols included.
+    ctc_weight, smoothing: of the hybrid loss.
+    init_from: a workdir whose parameters start this run (a dense model to be gated).
+    continue_from: a workdir whose whole state, optimizer included, is taken over.
+    log_every, eval_every, checkpoint_every: in steps; keep: checkpoints kept.
+    data_dir: where data is prepared; '' is `$GATEDFM_DATA` or the user's cache.
+    skip_bad: leave bad manifest lines out instead of stopping.
+  """
+
+  name: str = ''
+  seed: int = 0
+  steps: int = 1000
+  vocab: int = 300
+  ctc_weight: float = 0.3
+  smoothing: float = 0.1
+  init_from: str = ''
+  continue_from: str = ''
+  log_every: int = 50
+  eval_every: int = 500
+  checkpoint_every: int = 500
+  keep: int = 2
+  data_dir: str = ''
+  skip_bad: bool = False
+  tensorboard: bool = True
+  model: SpeechConfig = dataclasses.field(default_factory=SpeechConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def validate(self) -> None:
+    """Raises ConfigError, naming the field and the mend, before anything is compiled."""
+    self.model.validate()
+    self.optimizer.validate()
+    self.sparsity.validate()
+    for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every', 'keep'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least 1')
+    if not 0 <= self.ctc_weight <= 1 or not 0 <= self.smoothing < 1:
+      raise ConfigError('ctc_weight lies in [0, 1] and smoothing in [0, 1)')
+    if self.init_from and self.continue_from:
+      raise ConfigError('init_from and continue_from exclude each other; drop one')
+
+
+# What may change between two calls on one workdir: nothing that the result depends on.
+OPERATIONAL = ('log_every', 'eval_every', 'checkpoint_every', 'keep', 'data_dir', 'tensorboard',
+               'data.workers', 'mesh.data', 'mesh.fsdp', 'mesh.model')  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A configuration as plain JSON-ready data."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+  """Inverse of `to_dict`; raises ConfigError, naming them, on unknown keys."""
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  if unknown := sorted(set(values) - set(fields)):
+    raise ConfigError(
+      f'{cls.__name__} has no {", ".join(unknown)}; it has {", ".join(fields)}'
+    )
+  hints = typing.get_type_hints(cls)
+  out = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(hints[name]):
+      value = from_dict(hints[name], value)
+    elif isinstance(value, list):
+      value = tuple(value)
+    out[name] = value
+  return cls(**out)
+
+
+def flatten(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dictionaries -> `{'model.d': 128, ...}`."""
+  out = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      out |= flatten(value, f'{prefix}{key}.')
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs between two configurations beyond `OPERATIONAL`, as `field: old -> new`."""
+  a, b = flatten(old), flatten(new)
+  keys = sorted((set(a) | set(b)) - set(OPERATIONAL))
+  return [f'{k}: {a.get(k)!r} -> {b.get(k)!r}' for k in keys if a.get(k) != b.get(k)]
+
+
+__all__ = [
+  'AugmentConfig',
+  'ConfigError',
+  'DataConfig',
+  'GateConfig',
+  'MeshConfig',
+  'OptimizerConfig',
+  'SparsityConfig',
+  'SpeechConfig',
+  'TrainConfig',
+  'differences',
+  'from_dict',
+  'to_dict',
+]

@@ -1,0 +1,356 @@
+"""The training loop: restore, step, log, evaluate, save; the same for every device count."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm import partitioning
+from gatedfm.data import corpus, pipeline
+from gatedfm.data.sources import default_data_dir
+from gatedfm.models import speech_costs
+from gatedfm.trainers import checkpoints, log, optimizer, step
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.log import say
+
+ASSETS = 'assets'
+
+
+class WorkdirError(ValueError):
+  """A workdir that belongs to another configuration."""
+
+
+class Stopped(SystemExit):
+  """SIGTERM came: everything is saved, the same command goes on."""
+
+
+def git_revision() -> str:
+  """Commit of the source tree, with `+` if it has changes; `unknown` outside of git."""
+  git = lambda *args: subprocess.run(
+    ('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+  ).stdout.strip()
+  try:
+    return git('rev-parse', '--short', 'HEAD') + (
+      '+' if git('status', '--porcelain') else ''
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+
+
+def resolve_dtype(name: str) -> str:
+  """`auto` -> bfloat16 where the hardware multiplies it, else float32."""
+  if name != 'auto':
+    return name
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  cpuinfo = Path('/proc/cpuinfo')
+  return 'bfloat16' if cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text() else 'float32'
+
+
+def _claim(cfg: TrainConfig, workdir: Path) -> None:
+  """Writes `config.json`, or checks that the workdir belongs to this configuration."""
+  path, mine = workdir / 'config.json', config_lib.to_dict(cfg)
+  if path.exists():
+    if changed := config_lib.differences(checkpoints.load_config(workdir), mine):
+      raise WorkdirError(
+        f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
+        + '\nChoose another --workdir, or remove this one to start over.'
+      )  # fmt: skip
+  log.write_atomically(path, json.dumps(mine, indent=1) + '\n')
+
+
+def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
+  """Tokenizer and feature statistics: this run's, its parent's, or made now."""
+  folder = workdir / ASSETS
+  parent = cfg.init_from or cfg.continue_from
+  if not (folder / corpus.STATS).exists():
+    if parent:
+      corpus.Assets.load(Path(parent) / ASSETS).save(folder)
+    else:
+      corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad).save(folder)
+  return corpus.Assets.load(folder)
+
+
+def complete(cfg: TrainConfig, assets: corpus.Assets) -> TrainConfig:
+  """Fills in what follows from tokenizer and hardware."""
+  cfg.model.vocab_size = assets.tokenizer.vocab_size
+  cfg.model.languages = len(assets.tokenizer.languages) + 1
+  cfg.model.tasks = len(assets.tokenizer.tasks)
+  cfg.model.dtype = resolve_dtype(cfg.model.dtype)
+  return cfg
+
+
+def _abstract(init: Any, shardings: Any) -> Any:
+  plain = jax.eval_shape(step.unboxed(init), jax.random.key(0))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings
+  )
+
+
+def _restore(
+  cfg: TrainConfig, ckpt: checkpoints.Checkpoints, init: Any, shardings: Any
+) -> tuple[step.TrainState, dict[str, float]]:
+  """The state to start from. The order is important:
+
+  1. resume this workdir's own checkpoint;
+  2. continue from another run, optimizer, step and all;
+  3. initialise the parameters from another run (a gate predictor starts fresh);
+  4. start from scratch.
+  """
+  abstract = _abstract(init, shardings)
+  if ckpt.latest is not None:
+    state, progress = ckpt.load(abstract)
+    say(f'restore: resuming at step {ckpt.latest}')
+    return state, progress
+  nothing = {'next_batch': 0, 'seconds': 0.0}
+  if cfg.continue_from:
+    with checkpoints.Checkpoints(Path(cfg.continue_from)) as other:
+      if other.latest is None:
+        raise checkpoints.CheckpointError(
+          f'{cfg.continue_from} holds no checkpoint to continue'
+        )
+      state, progress = other.load(abstract)
+    say(f'restore: continuing from {cfg.continue_from}')
+    return state, progress
+  state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
+  if cfg.init_from:
+    loaded = checkpoints.load_params(
+      Path(cfg.init_from), abstract.params, ' '.join(optimizer.GATE_MODULES)
+    )
+    fresh = sorted(set(state.params) - set(loaded))
+    state = state.replace(params=state.params | loaded)
+    say(f'restore: parameters of {cfg.init_from}' + (f', fresh {fresh}' if fresh else ''))
+  else:
+    say('restore: nothing to restore, starting from scratch')
+  return state, nothing
+
+
+@contextlib.contextmanager
+def _sigterm() -> Any:
+  """Yields a list that is no longer empty once SIGTERM has come."""
+  seen: list[int] = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+  try:
+    yield seen
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+class Evaluator:
+  """Validation losses, teacher-forced, averaged over utterances."""
+
+  def __init__(
+    self, cfg: TrainConfig, assets: corpus.Assets, split: corpus.Split, mesh: Any
+  ):
+    self._split, self._mesh = split, mesh
+    self._step = step.make_eval_step(cfg, assets.stats)
+
+  def __call__(self, params: Any, at: jax.Array) -> dict[str, float]:
+    rows = []
+    for batch in pipeline.eval_batches(
+      self._split.examples, self._split.caches, self._split.shapes
+    ):
+      rows.append(self._step(params, _on_device(batch, self._mesh), at))
+    rows = jax.device_get(rows)
+    weight = np.array([r['count'] for r in rows], np.float64)
+    mean = lambda k: float(np.sum(weight * [r[k] for r in rows]) / weight.sum())
+    return {f'validation/{k}': mean(k) for k in rows[0] if k != 'count'}
+
+
+def _on_device(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
+  return partitioning.global_batch({k: v for k, v in batch.items() if k != 'index'}, mesh)
+
+
+def _check_finite(values: dict[str, float], at: int, ids: list[str]) -> None:
+  bad = [k for k, v in values.items() if not np.isfinite(v)]
+  if bad:
+    raise FloatingPointError(
+      f'step {at}: {", ".join(bad)} is not finite. Batch: {" ".join(ids)}. The last checkpoint '
+      'is sound; lower optimizer.peak_lr or leave these utterances out.'
+    )
+
+
+def train(cfg: TrainConfig, workdir: Path | str) -> None:
+  """Trains to `cfg.steps`, from wherever the workdir stands.
+
+  Args:
+    cfg: the whole configuration; checked before anything is compiled or written.
+    workdir: gets `config.json`, `assets/`, `checkpoints/`, `metrics.jsonl`, `events/`.
+
+  Raises:
+    ValueError: an impossible configuration (WorkdirError: a workdir of another one).
+    DataError: bad data, with a report.
+    FloatingPointError: a loss that is not finite, naming step and utterances.
+    Stopped: SIGTERM, after saving.
+  """
+  cfg.validate()
+  workdir = Path(workdir)
+  for parent in filter(None, (cfg.init_from, cfg.continue_from)):
+    checkpoints.load_config(Path(parent))
+  data_dir = Path(cfg.data_dir) if cfg.data_dir else default_data_dir()
+  mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
+  workdir.mkdir(parents=True, exist_ok=True)
+  cfg = complete(cfg, _assets(cfg, workdir, data_dir))
+  _claim(cfg, workdir)
+  with partitioning.activate(mesh), checkpoints.Checkpoints(workdir, cfg.keep) as ckpt:
+    if ckpt.latest is not None and ckpt.latest >= cfg.steps:
+      say(f'{workdir}: already trained to step {ckpt.latest}')
+      return
+    _run(cfg, workdir, data_dir, mesh, ckpt)
+
+
+def _run(
+  cfg: TrainConfig, workdir: Path, data_dir: Path, mesh: Any, ckpt: checkpoints.Checkpoints
+) -> None:
+  assets = corpus.Assets.load(workdir / ASSETS)
+  replicas = mesh.shape['data'] * mesh.shape['fsdp']
+  opened = lambda split: corpus.open_split(
+    cfg.data, assets, split, data_dir, replicas, cfg.skip_bad, say
+  )
+  train_split = opened('train')
+  batches = pipeline.train_iterator(
+    train_split.examples, train_split.caches, cfg.data, train_split.shapes,
+    jax.process_index(), jax.process_count(),
+  )  # fmt: skip
+  evaluate = Evaluator(cfg, assets, opened('validation'), mesh)
+
+  init = step.make_init(cfg)
+  shardings = partitioning.shardings(init, mesh, jax.random.key(0))
+  state, progress = _restore(cfg, ckpt, init, shardings)
+  batches.set_state({'next_batch': int(progress['next_batch'])})
+  train_step = step.make_train_step(cfg, assets.stats, shardings)
+
+  first = int(state.step)
+  count = sum(a.size for a in jax.tree.leaves(state.params))
+  say(
+    f'train: {cfg.name or workdir.name}: {count / 1e6:.2f} M parameters, {cfg.model.dtype}, '
+    f'{jax.device_count()} {jax.devices()[0].platform} devices as '
+    f'{dict(mesh.shape)}, steps {first} to {cfg.steps} '
+    f'({cfg.steps / batches.batches_per_epoch:.1f} epochs of {batches.batches_per_epoch})'
+  )
+  main = jax.process_index() == 0
+  logger = log.Log(workdir, first, cfg.tensorboard) if main else None
+  clock = log.Clock(first, cfg.steps, progress['seconds'])
+  frozen = optimizer.freeze_step(cfg.sparsity, cfg.steps)
+  compiled: set[tuple] = set()
+  pending: tuple[int, Any, np.ndarray] | None = None
+  window = _Window(cfg)
+
+  def settle() -> None:
+    """Fetches the previous step's metrics, so that the device never waits for the host."""
+    nonlocal pending
+    if pending is not None:
+      at, metrics, rows = pending
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      _check_finite(values, at, [train_split.utterance_id(i) for i in rows])
+      window.add(values)
+      pending = None
+
+  def save(at: int) -> None:
+    settle()
+    ckpt.save(at, state, batches.get_state() | {'seconds': clock.seconds})
+
+  with _sigterm() as terminated, contextlib.closing(batches):
+    for at in range(first + 1, cfg.steps + 1):
+      batch = next(batches)
+      began, shape = time.perf_counter(), batch['features'].shape
+      sample = cfg.model.gates.enabled and at <= frozen
+      state, metrics = train_step(state, _on_device(batch, mesh), sample=sample)
+      if (shape, sample) not in compiled:
+        compiled.add((shape, sample))
+        jax.block_until_ready(state)
+        clock.pause(time.perf_counter() - began)
+        say(
+          f'compiled batch shape {shape[0]}x{shape[1]} in {time.perf_counter() - began:.1f} s'
+        )
+      settle()
+      pending = (at, metrics, batch['index'])
+      window.count(batch)
+      if at % cfg.log_every == 0 or at == cfg.steps or at == first + 1:
+        settle()
+        values = window.close()
+        if logger:
+          logger.write(at, values)
+          say(_line(cfg, at, values, clock))
+      if at % cfg.eval_every == 0 or at == cfg.steps:
+        began = time.perf_counter()
+        values = evaluate(state.params, jnp.asarray(at))
+        clock.pause(time.perf_counter() - began)
+        if logger:
+          logger.write(at, values)
+          say('  ' + _brief('validation', values))
+      if at % cfg.checkpoint_every == 0 or at == cfg.steps:
+        save(at)
+      if terminated:
+        save(at)
+        ckpt.wait()
+        say(f'SIGTERM: saved step {at}; the same command goes on from there')
+        raise Stopped(143)
+  if logger:
+    logger.close()
+
+
+class _Window:
+  """Metrics averaged over a logging interval, and its throughput."""
+
+  def __init__(self, cfg: TrainConfig):
+    self._cfg = cfg
+    self._reset()
+
+  def _reset(self) -> None:
+    self._rows: list[dict[str, float]] = []
+    self._utterances, self._macs = 0, 0.0
+    self._start = time.perf_counter()
+
+  def count(self, batch: dict[str, np.ndarray]) -> None:
+    size, frames = batch['features'].shape[:2]
+    tokens = batch['decoder_input'].shape[1]
+    self._utterances += size
+    self._macs += size * speech_costs.total_macs(self._cfg.model, frames, tokens)
+
+  def add(self, values: dict[str, float]) -> None:
+    self._rows.append(values)
+
+  def close(self) -> dict[str, float]:
+    seconds = time.perf_counter() - self._start
+    out = {f'train/{k}': float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
+    # Forward and backward: three times the forward's multiply-accumulates, two FLOPs each.
+    flops = 6 * self._macs / seconds
+    out |= {
+      'speed/utterances_per_second': self._utterances / seconds,
+      'speed/tflops': flops / 1e12,
+      'speed/mfu': flops / (log.peak_flops(self._cfg.model.dtype) * jax.device_count()),
+    }
+    self._reset()
+    return out
+
+
+def _brief(prefix: str, values: dict[str, float]) -> str:
+  names = (
+    'loss',
+    'ctc_loss',
+    'attention_loss',
+    'token_accuracy',
+    'sparsity',
+    'sparsity_target',
+  )
+  parts = [f'{n} {values[f"{prefix}/{n}"]:.3f}' for n in names if f'{prefix}/{n}' in values]
+  return f'{prefix}: ' + ' '.join(parts)
+
+
+def _line(cfg: TrainConfig, at: int, values: dict[str, float], clock: log.Clock) -> str:
+  return (
+    f'step {at}/{cfg.steps} {100 * at // cfg.steps}% | {_brief("train", values)[7:]} | '
+    f'{values["speed/utterances_per_second"]:.0f} utt/s | MFU {values["speed/mfu"]:.0%} | '
+    f'ETA {log.duration(clock.eta(at))}'
+  )

@@ -1,0 +1,182 @@
+"""Train state, loss, and the jitted train and evaluation steps.
+
+Letters: B batch, T frames, M mel bands, L tokens, U CTC labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from gatedfm import gates as gates_lib
+from gatedfm.data.features import FeatureStats
+from gatedfm.models import speech_costs
+from gatedfm.models.speech import Output, SpeechModel
+from gatedfm.models.speech_config import SpeechConfig
+from gatedfm.nn import gating
+from gatedfm.trainers import augment, losses, optimizer
+from gatedfm.trainers.config import TrainConfig
+
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes: step count, float32 parameters, optimizer state."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def init_params(cfg: SpeechConfig, key: jax.Array) -> Any:
+  """Boxed parameters (with logical axis names) of `SpeechModel(cfg)`."""
+  context = gating.Context(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+  features = jnp.zeros((1, 32, cfg.mels))
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return SpeechModel(cfg).init(key, features, jnp.array([32]), tokens, context)['params']
+
+
+def make_init(cfg: TrainConfig) -> Callable[[jax.Array], TrainState]:
+  """`key -> TrainState` with boxed parameters, for shardings and jit."""
+  tx = optimizer.make(cfg.optimizer, cfg.steps)
+
+  def init(key: jax.Array) -> TrainState:
+    params = init_params(cfg.model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+  return init
+
+
+class Objective:
+  """The loss of a configuration: features in, scalar and metrics out.
+
+  Args:
+    cfg: loss, augmentation, sparsity, model.
+    stats: normalisation of the features (global MVN).
+  """
+
+  def __init__(self, cfg: TrainConfig, stats: FeatureStats):
+    self.cfg = cfg
+    self.model = SpeechModel(cfg.model)
+    self.mean, self.std = jnp.asarray(stats.mean), jnp.asarray(stats.std)
+    # Two seconds of speech stand for the relative MACs of modules in the penalty.
+    self.costs = speech_costs.site_costs(cfg.model, frames=200, tokens=12)
+
+  def __call__(
+    self, params: Any, batch: Batch, step: jax.Array, key: jax.Array | None, sample: bool
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss per utterance and its parts.
+
+    Args:
+      params: model parameters.
+      batch: as `gatedfm.data.pipeline` makes it.
+      step: for the schedules of target and temperature.
+      key: PRNG key; None evaluates without dropout and augmentation.
+      sample: whether gates are sampled (True) or thresholded.
+
+    Returns: scalar loss, metrics (scalars).
+    """
+    cfg = self.cfg
+    x_BxTxM = (batch['features'] - self.mean) / self.std
+    frames_B, rngs = batch['frames'], None
+    if key is not None:
+      noise, dropout, gumbel = jax.random.split(key, 3)
+      x_BxTxM, frames_B = augment.augment(noise, x_BxTxM, frames_B, cfg.augment)
+      rngs = {'dropout': dropout, 'gates': gumbel}
+    target, tau = optimizer.sparsity_schedule(cfg.sparsity, cfg.steps, step)
+    context = gating.Context(batch['language'], batch['task'], tau, sample)
+    out: Output = self.model.apply(
+      {'params': params}, x_BxTxM, frames_B, batch['decoder_input'], context,
+      deterministic=key is None, rngs=rngs,
+    )  # fmt: skip
+
+    valid_B = batch['valid'].astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(valid_B), 1.0)
+    lengths_B = jnp.sum(out.encoded.mask, 1)
+    ctc_B = losses.ctc_loss(
+      out.ctc_logits, lengths_B, batch['ctc_labels'], batch['ctc_length']
+    )
+    attention_B = losses.attention_loss(out.logits, batch['decoder_target'], cfg.smoothing)
+    # As ESPnet: CTC over the utterances that have a transcript, attention over all.
+    transcribed = jnp.sum(valid_B * (batch['ctc_length'] > 0))
+    ctc = jnp.sum(ctc_B * valid_B) / jnp.maximum(transcribed, 1.0)
+    attention = jnp.sum(attention_B * valid_B) / count
+    targets = jnp.where(batch['valid'][:, None], batch['decoder_target'], losses.IGNORED)
+    right, counted = losses.token_accuracy(out.logits, targets)
+    loss = cfg.ctc_weight * ctc + (1 - cfg.ctc_weight) * attention
+    metrics = {
+      'ctc_loss': ctc,
+      'attention_loss': attention,
+      'token_accuracy': right / jnp.maximum(counted, 1),
+    }
+    if cfg.model.gates.enabled:
+      penalty, sparsity = self._penalty(out.encoded.gates, target)
+      loss += cfg.sparsity.weight * penalty
+      metrics |= {'sparsity': sparsity, 'sparsity_target': target, 'penalty': penalty}
+    return loss, metrics | {'loss': loss}
+
+  def _penalty(
+    self, gates: gates_lib.Gates, target: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    cfg, sites = self.cfg, self.cfg.model.sites()
+    costs = self.costs if cfg.sparsity.count == 'macs' else None
+    groups = [sites]
+    if cfg.sparsity.per_stack:
+      groups = [tuple(s for s in sites if s.stack == k) for k in cfg.model.gates.stacks]
+    parts = [
+      losses.sparsity_penalty(
+        gates_lib.sparsity(gates, g, costs), target, cfg.sparsity.penalty
+      )
+      for g in groups
+    ]
+    return sum(parts) / len(parts), gates_lib.sparsity(gates, sites, costs)
+
+
+def make_train_step(cfg: TrainConfig, stats: FeatureStats, shardings: Any) -> Callable:
+  """The jitted step `(state, batch, sample) -> (state, metrics)`; donates the state.
+
+  `sample` is static: True searches gates (sampled, predictor trained), False tunes the
+  weights at the thresholded gates with the predictor at rest.
+  """
+  objective = Objective(cfg, stats)
+  tx = optimizer.make(cfg.optimizer, cfg.steps)
+
+  def train_step(state: TrainState, batch: Batch, sample: bool):
+    # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.
+    key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), state.step)
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+    (_, metrics), grads = grad_fn(state.params, batch, state.step, key, sample)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    if cfg.model.gates.enabled and not sample:
+      updates = jax.tree_util.tree_map_with_path(
+        lambda path, u: jnp.zeros_like(u) if optimizer.is_gate(path) else u, updates
+      )
+    params = optax.apply_updates(state.params, updates)
+    metrics['grad_norm'] = optax.tree.norm(grads)
+    state = TrainState(state.step + 1, params, opt_state)
+    return jax.lax.with_sharding_constraint(state, shardings), metrics
+
+  return jax.jit(train_step, static_argnames='sample', donate_argnames='state')
+
+
+def make_eval_step(cfg: TrainConfig, stats: FeatureStats) -> Callable:
+  """The jitted `(params, batch, step) -> metrics`: thresholded gates, no dropout."""
+  objective = Objective(cfg, stats)
+
+  def eval_step(params: Any, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+    _, metrics = objective(params, batch, step, None, False)
+    return metrics | {'count': jnp.sum(batch['valid'])}
+
+  return jax.jit(eval_step)
+
+
+def unboxed(init: Callable[[jax.Array], TrainState]) -> Callable[[jax.Array], TrainState]:
+  """`init` without the boxes that carry logical names."""
+  return lambda key: nn.unbox(init(key))

@@ -1,0 +1,59 @@
+"""Transcribes or translates audio files, or names their language.
+
+Example:
+  python -m gatedfm.transcribe --checkpoint=runs/quickstart/gated_0.5 --task=asr a.wav b.ogg
+
+Without --language each file's language is identified first. Prints text, language, the
+modules that opened and the seconds that it took.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from gatedfm import mains
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.')
+_LANGUAGE = flags.DEFINE_string(
+  'language', '', 'ISO code, such as fr or fra; empty: find out.'
+)
+_TASK = flags.DEFINE_string('task', 'asr', 'asr, lid or st:LANGUAGE, such as st:en.')
+_CTC = flags.DEFINE_bool(
+  'ctc', False, 'Write the best CTC path instead of the decoder text.'
+)
+flags.mark_flag_as_required('checkpoint')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) < 2:
+    raise SystemExit('no audio files given; see --help')
+  mains.set_up()
+  from gatedfm.execution import files
+  from gatedfm.execution.recognizer import Recognizer
+
+  with mains.clear_errors():
+    task = files.parse_task(_TASK.value)
+    language = files.parse_language(_LANGUAGE.value)
+    recognizer = Recognizer.load(Path(_CHECKPOINT.value), 'skip')
+    files.check(recognizer, task, language)
+    failed = 0
+    for path in map(Path, argv[1:]):
+      start = time.perf_counter()
+      try:
+        result = files.transcribe(recognizer, path, task, language, ctc=_CTC.value)
+      except files.FileError as e:
+        print(f'{path}\terror: {e}', file=sys.stderr)
+        failed += 1
+        continue
+      print(f'{path}\t{result.language}\t{result.text}')
+      print(
+        f'  {time.perf_counter() - start:.3f} s  open {result.open:.0%}  {result.pattern}'
+      )
+  if failed:
+    raise SystemExit(1)
+
+
+if __name__ == '__main__':
+  sys.exit(app.run(main))
