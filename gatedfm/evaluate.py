@@ -27,9 +27,7 @@ def main(argv: list[str]) -> None:
   from gatedfm.evaluation import points
 
   with mains.clear_errors():
-    result = points.evaluate(
-      Path(_CHECKPOINT.value), _SPLIT.value, _OTHER.value, _DATA.value
-    )
+    result = points.evaluate(Path(_CHECKPOINT.value), _SPLIT.value, _OTHER.value, _DATA.value)
     shown = {k: v for k, v in result.items() if k != 'gate_map'}
     print(json.dumps(shown, indent=1, ensure_ascii=False))
 

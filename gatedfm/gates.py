@@ -107,9 +107,7 @@ def validate(gates: Gates, sites: Sequence[Site]) -> None:
     shape = jnp.shape(gates[site.name])
     if site.units > 1 and shape:
       if shape[-1] != site.units:
-        raise ValueError(
-          f'gates of {site.name}: last axis of {shape} is not {site.units} units'
-        )
+        raise ValueError(f'gates of {site.name}: last axis of {shape} is not {site.units} units')
       shape = shape[:-1]
     if len(shape) > 2 or (shape and shape[0] != site.layers):
       raise ValueError(
@@ -120,9 +118,7 @@ def validate(gates: Gates, sites: Sequence[Site]) -> None:
 
 def all_open(sites: Sequence[Site]) -> Gates:
   """Gates with everything open: the dense model."""
-  return Gates(
-    {s.name: jnp.ones((s.layers, s.units) if s.units > 1 else s.layers) for s in sites}
-  )
+  return Gates({s.name: jnp.ones((s.layers, s.units) if s.units > 1 else s.layers) for s in sites})
 
 
 def sparsity(
@@ -152,9 +148,7 @@ def sparsity_by_site(gates: Gates, sites: Sequence[Site]) -> dict[str, jax.Array
 
 def macs_kept(gates: Gates, sites: Sequence[Site], costs: Mapping[str, Cost]) -> jax.Array:
   """Multiply-accumulates of the open gates; the ungated rest of the model is not counted."""
-  return sum(
-    s.size * costs[s.name].macs * jnp.mean(jnp.asarray(gates[s.name])) for s in sites
-  )
+  return sum(s.size * costs[s.name].macs * jnp.mean(jnp.asarray(gates[s.name])) for s in sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +187,7 @@ def pattern(
   rows = []
   for site in sites:
     if site.units > 1:
-      raise ValueError(
-        f'patterns hold whole modules; {site.name} has {site.units} units a layer'
-      )
+      raise ValueError(f'patterns hold whole modules; {site.name} has {site.units} units a layer')
     g = np.asarray(gates[site.name])
     if g.ndim == 2:
       if example is None:

@@ -25,9 +25,7 @@ def set_up() -> None:
   several_tpu_hosts = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   if several_tpu_hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ:
     jax.distributed.initialize()
-  cache = (
-    os.environ.get('GATEDFM_COMPILED') or Path.home() / '.cache' / 'gatedfm' / 'compiled'
-  )
+  cache = os.environ.get('GATEDFM_COMPILED') or Path.home() / '.cache' / 'gatedfm' / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 

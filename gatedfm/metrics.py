@@ -105,9 +105,7 @@ def word_errors(
   return _errors('wer', jiwer.process_words, references, hypotheses, languages)
 
 
-def bleu(
-  references: Sequence[str], hypotheses: Sequence[str], directions: Sequence[str]
-) -> Counts:
+def bleu(references: Sequence[str], hypotheses: Sequence[str], directions: Sequence[str]) -> Counts:
   """Corpus BLEU (0 to 100) by direction such as 'fra-eng', with sacrebleu.
 
   The order is effective: it ends at the longest n-gram that the hypotheses of a corpus
@@ -122,9 +120,7 @@ def bleu(
   return _translation('bleu', scorer, '13a', references, hypotheses, directions)
 
 
-def chrf(
-  references: Sequence[str], hypotheses: Sequence[str], directions: Sequence[str]
-) -> Counts:
+def chrf(references: Sequence[str], hypotheses: Sequence[str], directions: Sequence[str]) -> Counts:
   """Corpus chrF2 (0 to 100) by direction, with sacrebleu: character 1- to 6-grams.
 
   sacrebleu leaves an utterance with an empty reference out of chrF.
@@ -152,9 +148,7 @@ def identification(references: Sequence[str], hypotheses: Sequence[str]) -> Coun
   return Counts('lid', rows_Ex2, tuple(references), _ratio, 'utterances', '')
 
 
-def confusion(
-  references: Sequence[str], hypotheses: Sequence[str]
-) -> dict[str, dict[str, int]]:
+def confusion(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, dict[str, int]]:
   """How often each true language was taken for which: {true: {named: utterances}}.
 
   Raises:

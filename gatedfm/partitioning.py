@@ -43,16 +43,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = None
   sizes = [data, fsdp, model]
   if sizes.count(-1) == 1:
     known = int(np.prod([s for s in sizes if s != -1]))
-    sizes[sizes.index(-1)] = len(devices) // known
+    sizes[sizes.index(-1)] = len(devices) // max(known, 1)
   if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
     raise ValueError(
       f'mesh data={data} fsdp={fsdp} model={model} does not fit {len(devices)} devices; '
       'their product must equal the device count (one may be -1)'
     )
   # Linen's logical constraints need Auto axes; jax.make_mesh would default to Explicit.
-  return jax.make_mesh(
-    tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-  )
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,9 @@ from absl import app, flags
 from gatedfm import mains
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.')
-_LANGUAGE = flags.DEFINE_string(
-  'language', '', 'ISO code, such as fr or fra; empty: find out.'
-)
+_LANGUAGE = flags.DEFINE_string('language', '', 'ISO code, such as fr or fra; empty: find out.')
 _TASK = flags.DEFINE_string('task', 'asr', 'asr, lid or st:LANGUAGE, such as st:en.')
-_CTC = flags.DEFINE_bool(
-  'ctc', False, 'Write the best CTC path instead of the decoder text.'
-)
+_CTC = flags.DEFINE_bool('ctc', False, 'Write the best CTC path instead of the decoder text.')
 flags.mark_flag_as_required('checkpoint')
 
 
@@ -48,9 +44,7 @@ def main(argv: list[str]) -> None:
         failed += 1
         continue
       print(f'{path}\t{result.language}\t{result.text}')
-      print(
-        f'  {time.perf_counter() - start:.3f} s  open {result.open:.0%}  {result.pattern}'
-      )
+      print(f'  {time.perf_counter() - start:.3f} s  open {result.open:.0%}  {result.pattern}')
   if failed:
     raise SystemExit(1)
 

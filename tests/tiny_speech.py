@@ -25,7 +25,7 @@ FAST = {
 }
 jit = functools.partial(jax.jit, compiler_options=FAST)
 
-BATCH, FRAMES, TOKENS, MELS, VOCABULARY = 2, 31, 4, 8, 12
+BATCH, FRAMES, TOKENS, MELS, VOCABULARY = 4, 35, 4, 8, 12
 
 
 def config(encoder='e_branchformer', gates=None, **changes):
@@ -86,8 +86,9 @@ def shapes(cfg):
 
 def random_tree(tree, seed=0, scale=0.3):
   rng = np.random.default_rng(seed)
-  make = lambda s: jnp.asarray(scale * rng.normal(size=s.shape), s.dtype)
-  return jax.tree.map(make, tree)
+  with jax.ensure_compile_time_eval():  # never a tracer, whoever asks first
+    make = lambda s: jnp.asarray(scale * rng.normal(size=s.shape), s.dtype)
+    return jax.tree.map(make, tree)
 
 
 @functools.cache
@@ -102,3 +103,27 @@ def random_gates(cfg, seed, batch=None):
   shape = lambda s: (s.layers,) if batch is None else (s.layers, batch)
   draw = lambda s: jnp.asarray(rng.integers(0, 2, shape(s)), jnp.float32)
   return gates_lib.Gates({s.name: draw(s) for s in cfg.all_sites()})
+
+
+def loss(model, params, gates, *inputs):
+  """A scalar that every output and every example has a part in."""
+  out = model.apply({'params': params}, *inputs, gates)
+  return jnp.sum(jnp.sin(out.logits)) + jnp.sum(jnp.cos(out.ctc_logits))
+
+
+def jaxprs_of(eqn):
+  """Jaxprs that an equation runs; of a custom derivative, what runs going forward."""
+  for value in eqn.params.values():
+    for v in value if isinstance(value, tuple) else (value,):
+      if hasattr(v, 'eqns'):
+        yield v
+      elif hasattr(getattr(v, 'jaxpr', None), 'eqns'):
+        yield v.jaxpr
+
+
+def equations(jaxpr):
+  """All equations, those of inner jaxprs too."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jaxprs_of(eqn):
+      yield from equations(inner)

@@ -6,13 +6,8 @@ On two cores about ten minutes after the download; `bash launch/local.sh` calls 
 """
 
 import copy
-import sys
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
-
-import tiny
-
+from configs.gated_speech import tiny
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers.config import TrainConfig
 
@@ -34,8 +29,8 @@ def get_config() -> SweepConfig:
   return SweepConfig(
     points={
       'dense': dense,
-      'gated_0.3': gated(dense, 0.3, 300),
-      'gated_0.5': gated(dense, 0.5, 300),
+      'gated_0.3': gated(dense, 0.3, 150),
+      'gated_0.5': gated(dense, 0.5, 150),
     },
     other='asterisk?languages=fra,rus,spa&max_items=60',
     timed=20,

@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
   """E-Branchformer 3 x 128 with a one-layer decoder, nine languages."""
   return TrainConfig(
     name='tiny',
-    steps=3000,
+    steps=1200,
     vocab=170,
     log_every=50,
     eval_every=1000,

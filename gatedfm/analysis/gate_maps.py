@@ -201,16 +201,12 @@ def by_task(gate_map: GateMap) -> dict[str, dict[str, np.ndarray]]:
   result = {}
   for task in dict.fromkeys(gate_map.tasks):
     rows = np.asarray(gate_map.tasks) == task
-    open_M = np.average(
-      gate_map.open_CxM[rows], axis=0, weights=gate_map.utterances_C[rows]
-    )
+    open_M = np.average(gate_map.open_CxM[rows], axis=0, weights=gate_map.utterances_C[rows])
     result[task] = split_sites(open_M, gate_map.sites)
   return result
 
 
-def split_sites(
-  open_M: np.ndarray, sites: Sequence[tuple[str, int]]
-) -> dict[str, np.ndarray]:
+def split_sites(open_M: np.ndarray, sites: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
   """Cuts a row of modules into its sites: {site: [N]}."""
   ends = np.cumsum([layers for _, layers in sites])[:-1]
   return {site: part for (site, _), part in zip(sites, np.split(open_M, ends))}

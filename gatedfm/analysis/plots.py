@@ -92,16 +92,12 @@ def learning_curves(runs: Mapping[str, Curves]) -> figures.Figure | None:
     ('validation CER (%)', ('validation/cer',), 100),
     ('sparsity (%)', ('train/sparsity',), 100),
   ]
-  panels = [
-    panel for panel in panels if any(n in run for run in runs.values() for n in panel[1])
-  ]
+  panels = [panel for panel in panels if any(n in run for run in runs.values() for n in panel[1])]
   if not panels:
     return None
   colors = _colors(runs)
   figure = figures.Figure(figsize=(3.6 * len(panels) + 0.4, 3.4), layout='constrained')
-  for axes, (title, names, scale) in zip(
-    figure.subplots(1, len(panels), squeeze=False)[0], panels
-  ):
+  for axes, (title, names, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
     axes.set(title=title, xlabel='step')
     for point, run in runs.items():
       for name in names:
@@ -121,9 +117,7 @@ def learning_curves(runs: Mapping[str, Curves]) -> figures.Figure | None:
     if scale == 100:
       axes.set_ylim(bottom=0)
   handles = {
-    label: line
-    for axes in figure.axes
-    for line, label in zip(*axes.get_legend_handles_labels())
+    label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())
   }
   figure.legend(handles.values(), handles, loc='outside lower center', ncols=4)
   return figure
@@ -217,14 +211,10 @@ def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Fig
     )
   low, high = axes.get_ylim()
   pad = max(0.12 * (high - low), 0.5)
-  axes.set(
-    xlim=(0, 1.08 * max(x for x, _ in places.values())), ylim=(low - pad, high + pad)
-  )
+  axes.set(xlim=(0, 1.08 * max(x for x, _ in places.values())), ylim=(low - pad, high + pad))
   time, cer = places[DENSE]
   axes.fill_between([0, time], low - pad, cer, color=COLORS[2], alpha=0.1, lw=0)
-  axes.text(
-    0.02, 0.03, 'ideal: faster, no worse', color=COLORS[2], transform=axes.transAxes
-  )
+  axes.text(0.02, 0.03, 'ideal: faster, no worse', color=COLORS[2], transform=axes.transAxes)
   axes.set_xlabel('time for an utterance (% of dense)')
   axes.set_ylabel('CER, mean of the languages (%)')
   return figure
@@ -272,9 +262,7 @@ def save(figure: figures.Figure, path: str | os.PathLike) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
   with matplotlib.rc_context({'svg.hashsalt': path.stem}):
-    figure.savefig(
-      temporary, format=path.suffix[1:], dpi=160, metadata=_metadata(path.suffix[1:])
-    )
+    figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=_metadata(path.suffix[1:]))
   os.replace(temporary, path)
 
 
@@ -337,8 +325,6 @@ def _scatter(places, points):
   for number, name in enumerate(points):
     if name in places:
       marker, size = ('*', 160) if name == DENSE else (MARKERS[number % len(MARKERS)], 45)
-      axes.scatter(
-        *places[name], s=size, color=colors[name], marker=marker, label=name, zorder=3
-      )
+      axes.scatter(*places[name], s=size, color=colors[name], marker=marker, label=name, zorder=3)
   figure.legend(loc='outside right upper')
   return figure, axes

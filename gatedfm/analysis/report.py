@@ -86,8 +86,7 @@ def table(summary: Mapping[str, Any]) -> str:
   rows = results(load(summary))
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = [
-    '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-    for row in rows
+    '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
   ]
   lines.insert(1, '─' * len(lines[0]))
   return '\n'.join([*lines, 'LID*: another source', '', headline(summary)])
@@ -107,8 +106,7 @@ def headline(summary: Mapping[str, Any]) -> str:
   points = summary['points']
   ratio = _number(best.get('time_ratio'), 100, '.1f')
   cer, dense = (
-    _number(_get(points.get(point), 'cer/mean'), 100, '.2f')
-    for point in (name, plots.DENSE)
+    _number(_get(points.get(point), 'cer/mean'), 100, '.2f') for point in (name, plots.DENSE)
   )
   text = f'{name} takes {ratio}% of the time of dense at a CER of {cer}% against {dense}%'
   difference, bounds = best.get('cer_difference'), best.get('cer_difference_interval')
@@ -207,9 +205,7 @@ def _data(summary) -> Rows:
   languages = dict.fromkeys(lang for split in splits.values() for lang in split)
   if not languages:
     return []
-  rows = [
-    ['language', *(f'{split} {unit}' for split in splits for unit in ('utterances', 'h'))]
-  ]
+  rows = [['language', *(f'{split} {unit}' for split in splits for unit in ('utterances', 'h'))]]
   for lang in languages:
     cells = [splits[split].get(lang, {}) for split in splits]
     rows.append([lang])

@@ -187,9 +187,7 @@ def _to_theirs(ours: Arrays, cfg: SpeechConfig) -> dict[str, np.ndarray]:
 
 def _our_shapes(cfg: SpeechConfig) -> dict[str, tuple[int, ...]]:
   """Paths and shapes of the dense, scanned model; nothing is computed."""
-  model = SpeechModel(
-    dataclasses.replace(cfg, gates=GateConfig(), scan_layers=True, remat='none')
-  )
+  model = SpeechModel(dataclasses.replace(cfg, gates=GateConfig(), scan_layers=True, remat='none'))
   features_BxTxM, one_B = jnp.zeros((1, 16, cfg.mels)), jnp.ones(1, jnp.int32)
   context = gating.Context(one_B, one_B)
   init = lambda key: model.init(key, features_BxTxM, 16 * one_B, one_B[:, None], context)

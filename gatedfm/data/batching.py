@@ -217,7 +217,5 @@ def in_order(examples: Examples, shapes: Sequence[Shape]) -> list[tuple[int, np.
   for b, shape in enumerate(shapes):
     members = np.flatnonzero(bucket == b)
     members = members[np.argsort(examples.frames[members], kind='stable')]
-    batches += [
-      (b, members[i : i + shape.batch]) for i in range(0, len(members), shape.batch)
-    ]
+    batches += [(b, members[i : i + shape.batch]) for i in range(0, len(members), shape.batch)]
   return batches

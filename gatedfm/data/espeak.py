@@ -190,9 +190,7 @@ def _record(name: str, parallel: Parallel, language: str, variant: str) -> Recor
   )
 
 
-def _read_aloud(
-  records: Sequence[Record], seed: int
-) -> Iterator[tuple[Record, np.ndarray]]:
+def _read_aloud(records: Sequence[Record], seed: int) -> Iterator[tuple[Record, np.ndarray]]:
   processes = min(os.cpu_count(), 1 + len(records) // 200)
   texts = [r.text for r in records]
   spoken = [r.language for r in records]
@@ -201,7 +199,5 @@ def _read_aloud(
   with concurrent.futures.ProcessPoolExecutor(
     processes, multiprocessing.get_context('spawn')
   ) as pool:
-    audios = pool.map(
-      synthesize, texts, spoken, variants, [seed] * len(records), chunksize=32
-    )
+    audios = pool.map(synthesize, texts, spoken, variants, [seed] * len(records), chunksize=32)
     yield from zip(records, track(audios, len(records), 'espeak reads aloud', 'texts'))

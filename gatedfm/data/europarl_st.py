@@ -20,9 +20,7 @@ _SPLITS = {'train': 'train', 'dev': 'validation', 'test': 'test'}
 _ORDER = list(_SPLITS.values())
 
 
-def lines(
-  root: Path, sources: Sequence[str], targets: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def lines(root: Path, sources: Sequence[str], targets: Sequence[str]) -> Iterator[dict[str, Any]]:
   """Lines of the manifest, with absolute paths.
 
   The corpus cuts the same speeches anew for each target language. Segments cut alike are

@@ -54,9 +54,7 @@ class Examples:
   def select(self, rows: np.ndarray) -> Examples:
     """The examples `rows` (i64 [n] or bool [E]) alone, numbered anew in that order."""
     columns = ('source', 'utterance', 'frames', 'task', 'language', 'target', 'transcript')
-    return dataclasses.replace(
-      self, **{name: getattr(self, name)[rows] for name in columns}
-    )
+    return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
   def row(self, row: int) -> np.ndarray:
     """Token ids of one row, i32 [its length]; none for row -1."""
@@ -129,9 +127,7 @@ def build_examples(
           if 0 < len(labels) <= config.max_tokens:
             transcript = table.add(labels)
         language = 0 if lid else tokenizer.language_id(record.language)
-        columns.append(
-          (s, u, frames, task_ids[task], language, table.add(target), transcript)
-        )
+        columns.append((s, u, frames, task_ids[task], language, table.add(target), transcript))
   if not columns:
     reasons = '; '.join(f'{name}: {reason}' for name, reason in skipped[:3])
     raise types.DataError(

@@ -203,9 +203,7 @@ class FeatureCache:
     return FeatureStats.of(self.get(i) for i in range(len(self)))
 
   @classmethod
-  def build(
-    cls, source: types.Source, cache_dir: Path | str, workers: int = 0
-  ) -> 'FeatureCache':
+  def build(cls, source: types.Source, cache_dir: Path | str, workers: int = 0) -> 'FeatureCache':
     """Opens the cache of `source`, computing it first where there is none.
 
     Args:

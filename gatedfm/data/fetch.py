@@ -105,9 +105,7 @@ def fetch(package: DebianPackage, downloads: Path) -> Path:
 
 def unpack(deb: Path, folder: Path) -> None:
   """Unpacks the files of a .deb into `folder`, as `dpkg-deb -x` does."""
-  result = subprocess.run(
-    ['dpkg-deb', '-x', str(deb), str(folder)], capture_output=True, text=True
-  )
+  result = subprocess.run(['dpkg-deb', '-x', str(deb), str(folder)], capture_output=True, text=True)
   if result.returncode:
     raise FetchError(f'dpkg-deb cannot unpack {deb}: {result.stderr.strip()}; delete it')
 

@@ -35,9 +35,7 @@ def lines(root: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     DataError: a file is missing or has other columns.
   """
   rows = {
-    (name, split): list(_rows(root / name / f'{split}.tsv'))
-    for name in names
-    for split in _SPLITS
+    (name, split): list(_rows(root / name / f'{split}.tsv')) for name in names for split in _SPLITS
   }
   texts: dict[str, dict[str, str]] = {}
   for (name, _), table in rows.items():

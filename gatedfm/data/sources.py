@@ -26,9 +26,7 @@ def default_data_dir() -> Path:
   return Path(os.environ.get('GATEDFM_DATA') or Path.home() / '.cache' / 'gatedfm')
 
 
-def load(
-  spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = False
-) -> Source:
+def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = False) -> Source:
   """Opens a split of a source, preparing it when it is asked for the first time.
 
   Args:
@@ -83,9 +81,7 @@ def _options(spec: str, query: str, opener: Callable[..., Source]) -> dict[str, 
       names = ', '.join(known) or 'none'
       raise DataError(f'unknown option {name!r} of source {spec!r}; known are: {names}')
     try:
-      options[name] = (
-        tuple(value.split(',')) if known[name] is tuple else known[name](value)
-      )
+      options[name] = tuple(value.split(',')) if known[name] is tuple else known[name](value)
     except ValueError as error:
       raise DataError(f'bad option {name!r} of source {spec!r}: {error}') from error
   return options

@@ -21,9 +21,7 @@ _RECORDS, _AUDIO = 'records.jsonl', 'audio.int16'
 def write_text(path: Path, content: str) -> None:
   """Writes a text file, atomically; folders are made where missing."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-    'w', encoding='utf-8', dir=path.parent, delete=False
-  ) as file:
+  with tempfile.NamedTemporaryFile('w', encoding='utf-8', dir=path.parent, delete=False) as file:
     file.write(content)
   os.chmod(file.name, 0o644)
   os.replace(file.name, path)

@@ -208,9 +208,7 @@ class Tokenizer:
     return self.tasks.index(task)
 
 
-def _head(
-  languages: tuple[str, ...], tasks: tuple[str, ...], timestamps: bool
-) -> tuple[str, ...]:
+def _head(languages: tuple[str, ...], tasks: tuple[str, ...], timestamps: bool) -> tuple[str, ...]:
   """The tokens before the pieces."""
   for kind, names in (('language', languages), ('task', tasks)):
     if len(set(names)) < len(names) or not names:

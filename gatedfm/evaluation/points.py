@@ -42,18 +42,16 @@ def _splits(
   cfg: config_lib.TrainConfig, assets: corpus.Assets, split: str, other: str, data_dir: Path
 ) -> dict[str, corpus.Split]:
   # Scored on everything: an utterance too long to train on is still one to recognise.
-  whole = {'max_frames': 3_001, 'max_tokens': cfg.model.max_tokens, 'num_buckets': 3}
+  whole = {'max_frames': 3_001, 'max_tokens': cfg.model.max_tokens, 'num_buckets': 2}
   data = dataclasses.replace(cfg.data, bucket_frames=(), **whole)
   out = {'same': corpus.open_split(data, assets, split, data_dir, say=say)}
   if other:
-    data = dataclasses.replace(data, sources=(other,), tasks=('lid',), num_buckets=2)
+    data = dataclasses.replace(data, sources=(other,), tasks=('lid',), num_buckets=1)
     out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
   return out
 
 
-def evaluate(
-  workdir: Path, split: str = 'test', other: str = '', data_dir: str = ''
-) -> dict:
+def evaluate(workdir: Path, split: str = 'test', other: str = '', data_dir: str = '') -> dict:
   """Quality, gates and costs of a point on a split, from `evaluation.json` where it is fresh.
 
   Args:
@@ -103,9 +101,7 @@ def evaluate(
   return result
 
 
-def _costs(
-  cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus.Split
-) -> dict:
+def _costs(cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus.Split) -> dict:
   """Sparsity by site, by modules and by MACs, and MACs per second of audio."""
   model, sites = cfg.model, cfg.model.sites() if cfg.model.gates.enabled else ()
   mean = gate_map.mean()
@@ -134,9 +130,7 @@ def timing_utterances(
   out = []
   for source in corpus.open_sources(cfg.data, split, data_dir):
     rows = [i for i, r in enumerate(source.records) if 257 < r.num_samples <= longest * 160]
-    picked = [
-      rows[j] for j in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)
-    ]
+    picked = [rows[j] for j in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)]
     out += [
       timing.Utterance(source.audio(i), source.records[i].language, task)
       for task in cfg.data.tasks
@@ -172,9 +166,7 @@ def summarize(
   cfg = load_train_config(points[baseline])
   folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
   utterances = timing_utterances(cfg, folder, split, number, longest)
-  say(
-    f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds'
-  )
+  say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
   recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
   times = timing.side_by_side(recognizers, utterances, rounds, baseline)
   rows = {name: quality_of[name] | times[name] for name in points}
@@ -202,14 +194,10 @@ def summarize(
 
 
 def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
-  return [
-    json.loads(x) for x in (workdir / f'outputs_{split}.jsonl').read_text().splitlines()
-  ]
+  return [json.loads(x) for x in (workdir / f'outputs_{split}.jsonl').read_text().splitlines()]
 
 
-def _differences(
-  mine: Sequence[dict], baseline: Sequence[dict]
-) -> dict[str, dict[str, float]]:
+def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, dict[str, float]]:
   """Point minus baseline for every metric's mean, with its paired 95% bootstrap interval."""
   key = lambda r: (r['id'], r['task'])
   a, b = (quality.counts(sorted(x, key=key)) for x in (mine, baseline))
@@ -239,9 +227,7 @@ def _headline(rows: Mapping[str, dict], baseline: str) -> dict[str, Any]:
   gated = {n: r for n, r in rows.items() if n != baseline}
   if not gated:
     return {}
-  fine = {
-    n: r for n, r in gated.items() if r['difference'].get('cer', {'low': 0})['low'] <= 0
-  }
+  fine = {n: r for n, r in gated.items() if r['difference'].get('cer', {'low': 0})['low'] <= 0}
   name = min(fine or gated, key=lambda n: gated[n]['time_ratio'])
   row = rows[name]
   difference = {f'{k}_difference': v['value'] for k, v in row['difference'].items()}

@@ -94,9 +94,7 @@ def decode_all(
     `ctc`, the best CTC path). `counts` makes metrics of outputs.
   """
   gate_map, outputs = GateMap(), []
-  tasks = [
-    t for i, t in enumerate(split.examples.tasks) if (split.examples.task == i).any()
-  ]
+  tasks = [t for i, t in enumerate(split.examples.tasks) if (split.examples.task == i).any()]
   for task in tasks:
     for decoded, numbers, languages in decode_split(recognizer, split, task, gates):
       gate_map.add(decoded, numbers, languages, task)

@@ -4,7 +4,6 @@ Every stage leaves its result in the workdir and is not repeated: the same comma
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
 import time
@@ -42,8 +41,7 @@ class SweepConfig:
 def run(cfg: SweepConfig, workdir: Path) -> None:
   """Trains what is not trained yet, then evaluates, times and reports all points.
 
-  Each point trains in a process of its own, so that memory is given back and a device count
-  that suits training does not touch the timing.
+  Each point trains in a process of its own, which gives its memory back.
 
   Args:
     cfg: the sweep.
@@ -57,7 +55,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   for i, name in enumerate(cfg.points):
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
     command = [sys.executable, '-m', 'gatedfm.sweep', *sys.argv[1:], f'--only={name}']
-    code = subprocess.run(command, env=_training_env()).returncode
+    code = subprocess.run(command).returncode
     if code:
       raise SystemExit(code)
     say(f'sweep: {log.duration(time.perf_counter() - start)} so far')
@@ -72,9 +70,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))
   say(report.headline(summary))
-  say(
-    f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html'
-  )
+  say(f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html')
 
 
 def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
@@ -87,14 +83,3 @@ def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
   if train.init_from in cfg.points:
     train.init_from = str(workdir / train.init_from)
   loop.train(train, workdir / name)
-
-
-def _training_env() -> dict[str, str]:
-  """Elementwise XLA:CPU code runs on one core per device, so each core gets a device."""
-  env = dict(os.environ)
-  cores = (
-    len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  )
-  flag = f'--xla_force_host_platform_device_count={cores}'
-  env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} {flag}'.strip()
-  return env

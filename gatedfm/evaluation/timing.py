@@ -34,9 +34,7 @@ def run_once(recognizer: Recognizer, utterance: Utterance) -> Any:
   frames = len(mel_TxM)
   padded = np.zeros((1, recognizer_lib.bucket(frames), mel_TxM.shape[1]), np.float32)
   padded[0, :frames] = mel_TxM
-  return recognizer(
-    padded, np.array([frames], np.int32), utterance.task, [utterance.language]
-  )
+  return recognizer(padded, np.array([frames], np.int32), utterance.task, [utterance.language])
 
 
 def side_by_side(
@@ -90,8 +88,7 @@ def side_by_side(
       'seconds_per_utterance': {'median': median, 'q25': q25, 'q75': q75},
       'time_ratio': t.sum() / base.sum(),
       'time_ratio_by_task': {
-        task: t[tasks == task].sum() / base[tasks == task].sum()
-        for task in sorted(set(tasks))
+        task: t[tasks == task].sum() / base[tasks == task].sum() for task in sorted(set(tasks))
       },
       'compile_seconds': compile_seconds[name],
       'peak_memory_bytes': recognizers[name].program_bytes(),

@@ -54,9 +54,7 @@ def check(recognizer: Recognizer, task: str, language: str) -> None:
   if task not in t.tasks:
     raise ConfigError(f'this model does not do {task}; it does {" ".join(t.tasks)}')
   if language and language not in t.languages:
-    raise ConfigError(
-      f'this model does not know {language}; it knows {" ".join(t.languages)}'
-    )
+    raise ConfigError(f'this model does not know {language}; it knows {" ".join(t.languages)}')
   if not language and task != 'lid' and 'lid' not in t.tasks:
     raise ConfigError('this model cannot identify languages; give --language')
 
@@ -79,9 +77,7 @@ def transcribe(
     raise FileError('no such file')
   try:
     mel_TxM = features.log_mel(audio_io.load(path))
-    padded = np.zeros(
-      (1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32
-    )
+    padded = np.zeros((1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32)
   except (DataError, ValueError) as e:
     raise FileError(str(e)) from None
   padded[0, : len(mel_TxM)] = mel_TxM

@@ -51,6 +51,7 @@ def greedy(
   encoded: Encoded,
   primer_BxP: jax.Array,
   length: int,
+  steps: jax.Array,
   eos: int,
   allowed_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,8 +60,10 @@ def greedy(
   Args:
     model: unrolled, `params` its parameters.
     encoded: what `model.encode` gave.
-    primer_BxP: forced first tokens, `<sos>` first.
-    length: cache positions, so at most `length - P` new tokens.
+    primer_BxP: first tokens, `<sos>` first; -1 where the model is to choose.
+    length: cache positions.
+    steps: decoder steps at most, below `length`; traced, so that naming a language (one step)
+      and transcribing share a program.
     eos: token that ends an utterance.
     allowed_V: bool, tokens that may be written.
 
@@ -70,31 +73,24 @@ def greedy(
   call = functools.partial(model.apply, {'params': params})
   caches = call(encoded, length, method='start')
   b, p = primer_BxP.shape
-  tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, :p].set(primer_BxP)
+  forced_BxL = jnp.full((b, length), -1, jnp.int32).at[:, :p].set(primer_BxP)
 
   def step(carry: tuple) -> tuple:
     position, tokens_BxL, done_B, caches, first_BxV = carry
-    logits_BxV, caches = call(
-      tokens_BxL[:, position], position, caches, encoded, method='step'
-    )
+    logits_BxV, caches = call(tokens_BxL[:, position], position, caches, encoded, method='step')
     first_BxV = jnp.where(position == 0, logits_BxV, first_BxV)
     best_B = jnp.argmax(jnp.where(allowed_V, logits_BxV, -jnp.inf), -1).astype(jnp.int32)
-    forced = position + 1 < p
-    next_B = jnp.where(forced, tokens_BxL[:, position + 1], jnp.where(done_B, eos, best_B))
-    done_B = done_B | (~forced & (next_B == eos))
-    return (
-      position + 1,
-      tokens_BxL.at[:, position + 1].set(next_B),
-      done_B,
-      caches,
-      first_BxV,
-    )
+    forced_B = forced_BxL[:, position + 1]
+    next_B = jnp.where(done_B, eos, jnp.where(forced_B >= 0, forced_B, best_B))
+    done_B = done_B | (next_B == eos)
+    return position + 1, tokens_BxL.at[:, position + 1].set(next_B), done_B, caches, first_BxV
 
   def unfinished(carry: tuple) -> jax.Array:
-    return (carry[0] < length - 1) & ~jnp.all(carry[2])
+    return (carry[0] < steps) & ~jnp.all(carry[2])
 
-  first = jnp.zeros((b, allowed_V.shape[0]))
-  carry = (jnp.zeros((), jnp.int32), tokens_BxL, jnp.zeros(b, bool), caches, first)
+  tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, 0].set(primer_BxP[:, 0])
+  first_BxV = jnp.zeros((b, allowed_V.shape[0]))
+  carry = (jnp.zeros((), jnp.int32), tokens_BxL, jnp.zeros(b, bool), caches, first_BxV)
   _, tokens_BxL, _, _, first_BxV = lax.while_loop(unfinished, step, carry)
   return tokens_BxL, first_BxV
 
@@ -110,11 +106,18 @@ class Recognizer:
     assets: tokenizer and feature statistics.
     execution: `skip` for single utterances (a closed module costs nothing), `mask` for
       batches whose examples differ in their gates.
+    notimestamps: whether the model was trained with `<notimestamps>` in its primer.
   """
 
   def __init__(
-    self, cfg: SpeechConfig, params: Any, assets: Assets, execution: str = 'mask'
+    self,
+    cfg: SpeechConfig,
+    params: Any,
+    assets: Assets,
+    execution: str = 'mask',
+    notimestamps: bool = False,
   ):
+    self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
     self.model, self.params = for_inference(cfg, params, execution)
     self._languages = np.array(
@@ -142,7 +145,8 @@ class Recognizer:
     workdir = Path(workdir)
     cfg = config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
-    return cls(cfg.model, params, Assets.load(workdir / 'assets'), execution)
+    assets = Assets.load(workdir / 'assets')
+    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps)
 
   def _forward(
     self,
@@ -152,6 +156,7 @@ class Recognizer:
     language_B: jax.Array,
     task_B: jax.Array,
     primer_BxP: jax.Array,
+    steps: jax.Array,
     gates: Gates | None,
     length: int,
   ) -> Decoded:
@@ -160,7 +165,7 @@ class Recognizer:
     call = functools.partial(self.model.apply, {'params': params})
     encoded = call(x_BxTxM, frames_B, context, gates, method='encode')
     tokens_BxL, first_BxV = greedy(
-      self.model, params, encoded, primer_BxP, length, self.tokenizer.eos, self._allowed
+      self.model, params, encoded, primer_BxP, length, steps, self.tokenizer.eos, self._allowed
     )
     ctc_BxS = jnp.argmax(call(encoded, method='ctc_logits'), -1)
     return Decoded(
@@ -171,11 +176,13 @@ class Recognizer:
     )
 
   def primer(self, task: str, languages: Sequence[str]) -> np.ndarray:
-    """`<sos> <lang> <task>` of each utterance, `[B, 3]`; `<sos>` alone for `lid`."""
+    """`<sos> <lang> <task>` of each utterance, `[B, 3]`; for `lid` the model fills in the rest."""
     t = self.tokenizer
     if task == 'lid':
-      return np.full((len(languages), 1), t.sos, np.int32)
-    rows = [[t.sos, t.token_id(f'<{x}>'), t.token_id(f'<{task}>')] for x in languages]
+      rows = [[t.sos, -1, -1] + [-1] * len(self._suffix)] * len(languages)
+    else:
+      names = [[f'<{x}>', f'<{task}>', *self._suffix] for x in languages]
+      rows = [[t.sos, *map(t.token_id, row)] for row in names]
     return np.array(rows, np.int32)
 
   def __call__(
@@ -206,11 +213,12 @@ class Recognizer:
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
-    limit = max_tokens or features_BxTxM.shape[1] // 4
+    limit = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens)
+    length = primer.shape[1] + limit
     # A language takes one step: the token after <sos>.
-    length = primer.shape[1] + (min(limit, self.cfg.max_tokens) if known else 1)
-    shape = (features_BxTxM.shape, primer.shape, length, gates is None)
-    args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, gates)
+    steps = np.int32(length - 1 if known else 1)
+    shape = (features_BxTxM.shape, length, gates is None)
+    args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, steps, gates)
     if shape not in self._programs:
       self._programs[shape] = self._run.lower(*args, length=length).compile()
     return self._programs[shape](*args)
@@ -219,17 +227,13 @@ class Recognizer:
     """Memory of the largest program so far: parameters, inputs, outputs and temporaries."""
     stats = [p.memory_analysis() for p in self._programs.values()]
     return max(
-      m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-      for m in stats
+      m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes for m in stats
     )
 
   def texts(self, decoded: Decoded) -> list[str]:
     """The decoder's texts."""
     rows = np.asarray(decoded.tokens)
-    ends = [
-      np.flatnonzero(np.append(r, self.tokenizer.eos) == self.tokenizer.eos)[0]
-      for r in rows
-    ]
+    ends = [np.flatnonzero(np.append(r, self.tokenizer.eos) == self.tokenizer.eos)[0] for r in rows]
     return [self.tokenizer.decode(r[:n].tolist()) for r, n in zip(rows, ends)]
 
   def ctc_texts(self, decoded: Decoded) -> list[str]:

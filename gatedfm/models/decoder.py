@@ -89,9 +89,7 @@ class DecoderLayer(nn.Module):
     causal = attention.causal_mask(x.shape[1])
     seen = memory_mask_BxS[:, None, None, :]
     x = x + run('self_attention', self.self_attention, x, None, causal, deterministic)
-    x = x + run(
-      'cross_attention', self.cross_attention, x, memory_BxSxD, seen, deterministic
-    )
+    x = x + run('cross_attention', self.cross_attention, x, memory_BxSxD, seen, deterministic)
     x = x + run('ffn', self.ffn, x, deterministic)
     return constrain(x, 'batch', 'time', 'act_embed'), gates
 
@@ -99,9 +97,7 @@ class DecoderLayer(nn.Module):
     """An empty cache for `length` tokens, and the memory's keys and values."""
     cfg = self.cfg
     b, s, _ = memory_BxSxD.shape
-    empty = lambda n: attention.empty_cache(
-      b, n, cfg.heads, cfg.d // cfg.heads, memory_BxSxD.dtype
-    )
+    empty = lambda n: attention.empty_cache(b, n, cfg.heads, cfg.d // cfg.heads, memory_BxSxD.dtype)
     cross = gating.under_gate(
       cfg.execution,
       gates.get('cross_attention'),

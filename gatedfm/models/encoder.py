@@ -58,9 +58,7 @@ class MergeHalf(nn.Module):
     self.conv_kernel = layers.param(
       self, 'conv_kernel', taps, ('small', 'small'), (self.kernel_size, d)
     )
-    self.conv_bias = layers.param(
-      self, 'conv_bias', nn.initializers.zeros, ('small',), (d,)
-    )
+    self.conv_bias = layers.param(self, 'conv_bias', nn.initializers.zeros, ('small',), (d,))
     self.kernel = layers.param(self, 'kernel', init, ('embed', 'embed_out'), (d, d))
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -115,9 +113,7 @@ class CgMlpBranch(nn.Module):
     self.drop = nn.Dropout(cfg.dropout)
     self.merge = MergeHalf(cfg.d, cfg.kernel, dtype)
 
-  def __call__(
-    self, x: jax.Array, conv_mask: jax.Array | None, deterministic: bool
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, conv_mask: jax.Array | None, deterministic: bool) -> jax.Array:
     y = self.cgmlp(self.norm(x), conv_mask, deterministic)
     return self.merge(self.drop(y, deterministic), conv_mask)
 
@@ -147,9 +143,7 @@ class EncoderLayer(nn.Module):
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     if not gates and cfg.predicts('encoder') and cfg.gates.scope == 'layer':
       predictor = gate_predictor.GatePredictor(cfg, 'encoder', 1, name='gate_predictor')
-      gates = {
-        m: g[0] for m, g in predictor(gating.masked_mean(x, mask_BxT), context).items()
-      }
+      gates = {m: g[0] for m, g in predictor(gating.masked_mean(x, mask_BxT), context).items()}
     conv_mask = None if cfg.conv_sees_padding else mask_BxT[..., None]
     run = lambda name, module, x, *args: gating.gated(
       cfg.execution, gates.get(name), module, x, *args

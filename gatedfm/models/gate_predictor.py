@@ -23,20 +23,16 @@ class GatePredictor(nn.Module):
   layers: int
 
   @nn.compact
-  def __call__(
-    self, pooled_BxD: jax.Array, context: gating.Context
-  ) -> dict[str, jax.Array]:
+  def __call__(self, pooled_BxD: jax.Array, context: gating.Context) -> dict[str, jax.Array]:
     gates = self.cfg.gates
     modules = [s.module for s in self.cfg.sites() if s.stack == self.stack]
     embed = gating.ContextEmbedding(
       gates.context, gates.combine, self.cfg.languages, self.cfg.tasks, gates.features,
       name='context',
     )  # fmt: skip
-    mlp = gating.GateMlp(
-      len(modules) * self.layers, gates.hidden, gates.open_bias, name='mlp'
-    )
+    mlp = gating.GateMlp(len(modules) * self.layers, gates.hidden, gates.open_bias, name='mlp')
     x_BxE = embed(pooled_BxD, context)
     key = self.make_rng('gates') if context.sample else None
-    g_BxG = gating.decide(mlp(x_BxE), gates.threshold, context.temperature, key)
+    g_BxG = gating.decide(mlp(x_BxE), gates.threshold, context, key)
     g_MxNxB = g_BxG.T.reshape(len(modules), self.layers, -1)
     return {m: g_MxNxB[i] for i, m in enumerate(modules)}

@@ -96,12 +96,14 @@ class SpeechModel(nn.Module):
     mask_BxT = jnp.arange(features_BxTxM.shape[1]) < frames_B[:, None]
     x = jnp.where(mask_BxT[..., None], features_BxTxM, 0)
     x = self.subsample(x.astype(jnp.dtype(cfg.activation_dtype)))
-    mask_BxS = subsampling.subsampled_mask(mask_BxT)
+    if cfg.conv_sees_padding:
+      mask_BxS = subsampling.subsampled_mask(mask_BxT)
+    else:
+      # ESPnet's slicing keeps the frames that are partly padding; alone, they would not exist.
+      mask_BxS = jnp.arange(x.shape[1]) < subsampling.subsampled_length(frames_B)[:, None]
     x = self.drop(subsampling.add_positions(x), deterministic)
 
-    given = {
-      s: gates.stack(s, cfg.all_sites()) if gates else {} for s in ('encoder', 'decoder')
-    }
+    given = {s: gates.stack(s, cfg.all_sites()) if gates else {} for s in ('encoder', 'decoder')}
     pooled_BxD = gating.masked_mean(x, mask_BxS)
     if not gates and cfg.predicts('encoder') and cfg.gates.scope == 'global':
       given['encoder'] = self.encoder_gates(pooled_BxD, context)
@@ -148,9 +150,7 @@ class SpeechModel(nn.Module):
     encoded: Encoded,
   ) -> tuple[jax.Array, list[decoder_lib.LayerCache]]:
     """One decoding step at `position`: logits `[B, V]` and the new caches."""
-    return self.decoder.step(
-      tokens_B, position, caches, decoder_gates(encoded), encoded.mask
-    )
+    return self.decoder.step(tokens_B, position, caches, decoder_gates(encoded), encoded.mask)
 
 
 def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:

@@ -66,9 +66,7 @@ class GateConfig:
     choice('gates.scope', self.scope, ('global', 'layer'))
     choice('gates.decoder_reads', self.decoder_reads, ('memory', 'subsampled'))
     if not 0 < self.threshold < 1:
-      raise ConfigError(
-        f'gates.threshold is {self.threshold}; it is a probability in (0, 1)'
-      )
+      raise ConfigError(f'gates.threshold is {self.threshold}; it is a probability in (0, 1)')
 
 
 @dataclasses.dataclass
@@ -133,18 +131,17 @@ class SpeechConfig:
       'encoder_layers',
       'decoder_layers',
       'encoder_ffn',
+      'decoder_ffn',
+      'cgmlp',
+      'kernel',
       'max_tokens',
     ):
       if getattr(self, name) < 1:
         raise ConfigError(f'model.{name} is {getattr(self, name)}; it must be positive')
     if self.d % self.heads or self.d % 2:
-      raise ConfigError(
-        f'model.d={self.d} must be even and divisible by model.heads={self.heads}'
-      )
+      raise ConfigError(f'model.d={self.d} must be even and divisible by model.heads={self.heads}')
     if self.cgmlp % 2:
-      raise ConfigError(
-        f'model.cgmlp={self.cgmlp} must be even: half of it gates the other half'
-      )
+      raise ConfigError(f'model.cgmlp={self.cgmlp} must be even: half of it gates the other half')
     if not 0 <= self.dropout < 1 or not 0 <= self.attention_dropout < 1:
       raise ConfigError('model.dropout and model.attention_dropout lie in [0, 1)')
     self.gates.validate()
@@ -152,10 +149,7 @@ class SpeechConfig:
   def all_sites(self) -> tuple[gates_lib.Site, ...]:
     """Every gateable site of the model, gated or not."""
     return tuple(
-      [
-        gates_lib.Site(f'encoder/{m}', self.encoder_layers)
-        for m in ENCODER_MODULES[self.encoder]
-      ]
+      [gates_lib.Site(f'encoder/{m}', self.encoder_layers) for m in ENCODER_MODULES[self.encoder]]
       + [gates_lib.Site(f'decoder/{m}', self.decoder_layers) for m in DECODER_MODULES]
     )
 

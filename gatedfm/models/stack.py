@@ -79,8 +79,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
   if set(params) == {'scan'}:
     length = jax.tree.leaves(params)[0].shape[0]
     return {
-      f'{PREFIX}{i}': jax.tree.map(lambda a, i=i: a[i], params['scan'])
-      for i in range(length)
+      f'{PREFIX}{i}': jax.tree.map(lambda a, i=i: a[i], params['scan']) for i in range(length)
     }
   return {k: unstack(v) for k, v in params.items()}
 

@@ -53,9 +53,7 @@ class Attention(nn.Module):
 
   def project(self, memory_BxSxD: jax.Array) -> KeyValue:
     """Keys and values of `memory`, `[B, S, H, K]` each."""
-    return KeyValue(
-      self._split(self.key(memory_BxSxD)), self._split(self.value(memory_BxSxD))
-    )
+    return KeyValue(self._split(self.key(memory_BxSxD)), self._split(self.value(memory_BxSxD)))
 
   def attend(
     self,
@@ -85,9 +83,7 @@ class Attention(nn.Module):
     y_BxTxHxK = jnp.einsum(
       'bhts,bshk->bthk', weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
     )
-    return self.out(
-      y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], self.features).astype(x_BxTxD.dtype)
-    )
+    return self.out(y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], self.features).astype(x_BxTxD.dtype))
 
   def __call__(
     self, x_BxTxD: jax.Array, mask: jax.Array | None, deterministic: bool = True
@@ -96,9 +92,7 @@ class Attention(nn.Module):
     return self.attend(x_BxTxD, self.project(x_BxTxD), mask, deterministic)
 
 
-def empty_cache(
-  batch: int, length: int, heads: int, width: int, dtype: layers.Dtype
-) -> KeyValue:
+def empty_cache(batch: int, length: int, heads: int, width: int, dtype: layers.Dtype) -> KeyValue:
   """A zeroed cache for `length` positions, `[B, S, H, K]`."""
   zeros = jnp.zeros((batch, length, heads, width), dtype)
   return KeyValue(zeros, zeros)
@@ -106,9 +100,7 @@ def empty_cache(
 
 def update_cache(cache: KeyValue, new: KeyValue, position: jax.Array) -> KeyValue:
   """Writes `new` (`[B, 1, H, K]`) at `position` (scalar) of `cache` (`[B, S, H, K]`)."""
-  write = lambda c, n: lax.dynamic_update_slice_in_dim(
-    c, n.astype(c.dtype), position, axis=1
-  )
+  write = lambda c, n: lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), position, axis=1)
   return jax.tree.map(write, cache, new)
 
 

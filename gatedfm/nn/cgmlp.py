@@ -35,8 +35,6 @@ class CgMlp(nn.Module):
     if mask is not None:
       g = jnp.where(mask, g, 0)
     # Gate starts as the identity: taps near 0, bias 1 (ESPnet's `espnet_initialization_fn`).
-    g = layers.DepthwiseConv(self.kernel_size, bias_init=nn.initializers.ones, name='conv')(
-      g
-    )
+    g = layers.DepthwiseConv(self.kernel_size, bias_init=nn.initializers.ones, name='conv')(g)
     h = nn.Dropout(self.dropout)(r * g, deterministic)
     return layers.Linear(d, ('mlp', 'embed'), self.dtype, name='w_2')(h)

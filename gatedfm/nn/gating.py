@@ -26,12 +26,15 @@ class Context:
     language: `[B]` ids, 0 = unknown.
     task: `[B]` ids.
     temperature: tau of the Gumbel-Softmax.
-    sample: True samples straight-through (needs the `gates` PRNG); False thresholds.
+    sample: True samples gates straight-through (needs the `gates` PRNG); False thresholds.
+    search: under `sample`, a bool scalar that can still choose the threshold, without
+      another compilation.
   """
 
   language: jax.Array
   task: jax.Array
   temperature: jax.Array | float = 1.0
+  search: jax.Array | bool = True
   sample: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -164,24 +167,24 @@ class GateMlp(nn.Module):
     for i, width in enumerate(self.hidden):
       x = jax.nn.relu(layers.Linear(width, ('small', 'small'), name=f'hidden_{i}')(x))
     init = nn.initializers.normal(0.01)
-    kernel = layers.param(
-      self, 'kernel', init, ('small', 'small'), (x.shape[-1], self.gates * 2)
-    )
+    kernel = layers.param(self, 'kernel', init, ('small', 'small'), (x.shape[-1], self.gates * 2))
     start = lambda key, shape: jnp.tile(jnp.array([0.0, self.open_bias]), shape[0] // 2)
     bias = layers.param(self, 'bias', start, ('small',), (self.gates * 2,))
     return (x @ kernel + bias).reshape(-1, self.gates, 2)
 
 
 def decide(
-  logits: jax.Array, threshold: float, temperature: jax.Array | float, key: jax.Array | None
+  logits: jax.Array, threshold: float, context: Context, key: jax.Array | None
 ) -> jax.Array:
-  """Gates from logits `[..., 2]`: sampled straight-through with a key, else by threshold.
+  """Gates from logits `[..., 2]`, (drop, keep): sampled with a key, else by threshold.
 
-  Without a key a module runs if its keep probability exceeds `threshold`; 0.5 is the argmax.
+  By threshold a module runs if its keep probability exceeds `threshold`; 0.5 is the argmax.
   """
-  if key is not None:
-    return straight_through_gumbel(logits, temperature, key)
-  return (jax.nn.softmax(logits)[..., 1] > threshold).astype(logits.dtype)
+  fixed = (jax.nn.softmax(logits)[..., 1] > threshold).astype(logits.dtype)
+  if key is None:
+    return fixed
+  sampled = straight_through_gumbel(logits, context.temperature, key)
+  return jnp.where(context.search, sampled, fixed)
 
 
 def masked_mean(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:

@@ -70,8 +70,8 @@ def swish(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def gelu(x: jax.Array) -> jax.Array:
-  """Exact (erf) GELU, nested like `swish`."""
-  return jax.nn.gelu(x, approximate=False)
+  """Exact GELU, nested like `swish`; by erf, which XLA:CPU computes faster than erfc."""
+  return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
 
 
 @functools.partial(jax.jit, static_argnames='epsilon')
@@ -103,9 +103,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = param(
-      self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features)
-    )
+    kernel = param(self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features))
     bias = param(self, 'bias', nn.initializers.zeros, ('small',), (self.features,))
     return dot(x, kernel, self.dtype) + bias.astype(x.dtype)
 
@@ -149,9 +147,7 @@ def _shift(x_BxTxC: jax.Array, kernel_KxC: jax.Array, flip: bool = False) -> jax
 
 
 @jax.jit
-def _shift_kernel_grad(
-  x_BxTxC: jax.Array, dy_BxTxC: jax.Array, like_KxC: jax.Array
-) -> jax.Array:
+def _shift_kernel_grad(x_BxTxC: jax.Array, dy_BxTxC: jax.Array, like_KxC: jax.Array) -> jax.Array:
   k, t = like_KxC.shape[0], x_BxTxC.shape[1]
   padded = jnp.pad(x_BxTxC, ((0, 0), (k // 2, (k - 1) // 2), (0, 0)))
   return jnp.stack([jnp.sum(padded[:, i : i + t] * dy_BxTxC, (0, 1)) for i in range(k)])
@@ -210,8 +206,6 @@ class DepthwiseConv(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
     c = x_BxTxC.shape[-1]
-    kernel = param(
-      self, 'kernel', self.kernel_init, ('small', 'small'), (self.kernel_size, c)
-    )
+    kernel = param(self, 'kernel', self.kernel_init, ('small', 'small'), (self.kernel_size, c))
     bias = param(self, 'bias', self.bias_init, ('small',), (c,))
     return depthwise(x_BxTxC, kernel) + bias.astype(x_BxTxC.dtype)

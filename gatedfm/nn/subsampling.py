@@ -70,9 +70,7 @@ class Conv2dSubsampling(nn.Module):
     return layers.Linear(self.features, ('mlp', 'embed'), self.dtype, name='out')(x)
 
 
-def add_positions(
-  x_BxTxD: jax.Array, start: jax.Array | int = 0, limit: int = 0
-) -> jax.Array:
+def add_positions(x_BxTxD: jax.Array, start: jax.Array | int = 0, limit: int = 0) -> jax.Array:
   """`x * sqrt(D) + sinusoid`, from position `start` (a traced scalar needs `limit` rows)."""
   d = x_BxTxD.shape[-1]
   table = jnp.asarray(positions(limit or x_BxTxD.shape[1], d))

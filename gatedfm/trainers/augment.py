@@ -35,31 +35,38 @@ class AugmentConfig:
   noise: float = 0.0
 
 
-def _mask(key: jax.Array, length_B: jax.Array, width_B: jax.Array, size: int) -> jax.Array:
-  """True where masked, `[B, size]`: one span of up to `width` within `length` per example."""
-  k1, k2 = jax.random.split(key)
-  b = length_B.shape[0]
-  width_B = jnp.floor(jax.random.uniform(k1, (b,)) * (width_B + 1))
-  start_B = jnp.floor(jax.random.uniform(k2, (b,)) * jnp.maximum(length_B - width_B, 1))
+class _Draws:
+  """Uniform numbers in [0, 1) per example, out of one draw: each further call to the random
+  generator costs more to compile than all of SpecAugment."""
+
+  def __init__(self, key: jax.Array, batch: int, number: int):
+    self._columns = iter(jax.random.uniform(key, (number, batch)))
+
+  def uniform(self, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    return low + (high - low) * next(self._columns)
+
+  def normal(self) -> jax.Array:
+    return jax.scipy.special.ndtri(jnp.clip(next(self._columns), 1e-6, 1 - 1e-6))
+
+
+def _span(draws: _Draws, length_B: jax.Array, width_B: jax.Array, size: int) -> jax.Array:
+  """True within one span of at most `width` inside `length` per example, `[B, size]`."""
+  width_B = jnp.floor(draws.uniform() * (width_B + 1))
+  start_B = jnp.floor(draws.uniform() * jnp.maximum(length_B - width_B, 1))
   at = jnp.arange(size)
   return (at >= start_B[:, None]) & (at < (start_B + width_B)[:, None])
 
 
-def spec_augment(
-  key: jax.Array, x_BxTxM: jax.Array, frames_B: jax.Array, cfg: AugmentConfig
+def _spec_augment(
+  draws: _Draws, x_BxTxM: jax.Array, frames_B: jax.Array, cfg: AugmentConfig
 ) -> jax.Array:
-  """Zeroes random spans of bands and frames; features are normalised, so 0 is the mean."""
   b, t, m = x_BxTxM.shape
-  for i in range(cfg.freq_masks):
-    k = jax.random.fold_in(key, i)
-    full = jnp.full((b,), float(m))
-    span = _mask(k, full, jnp.full((b,), float(cfg.freq_width)), m)
-    x_BxTxM = jnp.where(span[:, None, :], 0, x_BxTxM)
-  hidden = jnp.zeros((b, t), bool)
-  for i in range(cfg.time_masks):
-    k = jax.random.fold_in(key, 1000 + i)
-    hidden |= _mask(k, frames_B * 1.0, frames_B * cfg.time_fraction, t)
-  return jnp.where(hidden[..., None], 0, x_BxTxM)
+  bands, hidden = jnp.full((b,), m), jnp.zeros((b, t, m), bool)
+  for _ in range(cfg.freq_masks):
+    hidden |= _span(draws, bands, jnp.full((b,), cfg.freq_width), m)[:, None, :]
+  for _ in range(cfg.time_masks):
+    hidden |= _span(draws, frames_B, frames_B * cfg.time_fraction, t)[..., None]
+  return jnp.where(hidden, 0, x_BxTxM)
 
 
 def _interpolate(x: jax.Array, at: jax.Array) -> jax.Array:
@@ -73,22 +80,18 @@ def _interpolate(x: jax.Array, at: jax.Array) -> jax.Array:
   return take(low) * (1 - w) + take(high) * w
 
 
-def warp(
-  key: jax.Array, x_BxTxM: jax.Array, frames_B: jax.Array, cfg: AugmentConfig
+def _warp(
+  draws: _Draws, x_BxTxM: jax.Array, frames_B: jax.Array, cfg: AugmentConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Stretches time and mel axes; returns features and their new valid lengths.
-
-  A stretch beyond T is cut to what fits, so that no speech is lost to the bucket's shape.
-  """
-  b, t, m = x_BxTxM.shape
-  k1, k2 = jax.random.split(key)
+  """Stretches time and mel axes; a stretch beyond T is cut to what fits, so no speech is lost."""
+  _, t, m = x_BxTxM.shape
   if cfg.tempo:
-    factor_B = 1 + cfg.tempo * jax.random.uniform(k1, (b,), minval=-1.0)
+    factor_B = draws.uniform(1 - cfg.tempo, 1 + cfg.tempo)
     factor_B = jnp.minimum(factor_B, t / jnp.maximum(frames_B, 1))
     x_BxTxM = _interpolate(x_BxTxM, jnp.arange(t) / factor_B[:, None])
     frames_B = jnp.clip(jnp.floor(frames_B * factor_B).astype(frames_B.dtype), 1, t)
   if cfg.formant:
-    factor_B = 1 + cfg.formant * jax.random.uniform(k2, (b,), minval=-1.0)
+    factor_B = draws.uniform(1 - cfg.formant, 1 + cfg.formant)
     x_BxMxT = _interpolate(x_BxTxM.swapaxes(1, 2), jnp.arange(m) * factor_B[:, None])
     x_BxTxM = x_BxMxT.swapaxes(1, 2)
   return x_BxTxM, frames_B
@@ -97,15 +100,24 @@ def warp(
 def augment(
   key: jax.Array, x_BxTxM: jax.Array, frames_B: jax.Array, cfg: AugmentConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """All of it on normalised features: warps, channel, noise, SpecAugment."""
+  """Warps, channel, noise, then SpecAugment, whose masks set 0: the mean.
+
+  Args:
+    key: PRNG key.
+    x_BxTxM: normalised log-mel.
+    frames_B: valid frames.
+    cfg: what is on.
+
+  Returns: features and their new valid lengths.
+  """
   b, _, m = x_BxTxM.shape
-  k1, k2, k3, k4, k5 = jax.random.split(key, 5)
-  x_BxTxM, frames_B = warp(k1, x_BxTxM, frames_B, cfg)
+  draws = _Draws(key, b, 4 + 2 * (cfg.freq_masks + cfg.time_masks))
+  x_BxTxM, frames_B = _warp(draws, x_BxTxM, frames_B, cfg)
   if cfg.gain:
-    x_BxTxM += cfg.gain * jax.random.normal(k2, (b, 1, 1))
+    x_BxTxM += cfg.gain * draws.normal()[:, None, None]
   if cfg.tilt:
-    slope = jnp.linspace(-0.5, 0.5, m) * jax.random.normal(k3, (b, 1, 1))
-    x_BxTxM += cfg.tilt * slope
+    slope_M = jnp.linspace(-0.5, 0.5, m)
+    x_BxTxM += cfg.tilt * slope_M * draws.normal()[:, None, None]
   if cfg.noise:
-    x_BxTxM += cfg.noise * jax.random.normal(k4, x_BxTxM.shape)
-  return spec_augment(k5, x_BxTxM, frames_B, cfg), frames_B
+    x_BxTxM += cfg.noise * jax.random.normal(jax.random.fold_in(key, 1), x_BxTxM.shape)
+  return _spec_augment(draws, x_BxTxM, frames_B, cfg), frames_B

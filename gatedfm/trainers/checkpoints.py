@@ -81,14 +81,10 @@ class Checkpoints:
 
 def _paths(tree: Any) -> dict[str, tuple[int, ...]]:
   flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(p, simple=True, separator='/'): tuple(a.shape) for p, a in flat
-  }
+  return {jax.tree_util.keystr(p, simple=True, separator='/'): tuple(a.shape) for p, a in flat}
 
 
-def _mismatches(
-  want: dict[str, tuple], have: dict[str, tuple], optional: str
-) -> Iterator[str]:
+def _mismatches(want: dict[str, tuple], have: dict[str, tuple], optional: str) -> Iterator[str]:
   for name in sorted(set(want) | set(have)):
     if name not in have:
       if not any(part in name.split('/') for part in optional.split()):
@@ -114,22 +110,19 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   """
   folder = workdir / FOLDER
   if not folder.is_dir():
-    raise CheckpointError(
-      f'{workdir} has no checkpoints; give the workdir of a training run'
-    )
+    raise CheckpointError(f'{workdir} has no checkpoints; give the workdir of a training run')
   with ocp.training.Checkpointer(folder.absolute()) as manager:
     if not manager.latest:
       raise CheckpointError(f'{folder} holds no complete checkpoint; train first')
     step = manager.latest.step
-    saved = manager.checkpointables_metadata(step).metadata['state'].params
+    saved = manager.checkpointables_metadata(step).metadata['state']['params']
   if abstract is None:
     target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
   else:
     wrong = list(_mismatches(_paths(abstract), _paths(saved), optional))
     if wrong:
       raise CheckpointError(
-        f'{len(wrong)} parameters of {workdir} do not fit the model:\n  '
-        + '\n  '.join(wrong)
+        f'{len(wrong)} parameters of {workdir} do not fit the model:\n  ' + '\n  '.join(wrong)
       )
     target = {k: v for k, v in abstract.items() if k in saved}
   context = ocp.Context()
@@ -147,7 +140,5 @@ def load_config(workdir: Path) -> dict[str, Any]:
   """
   path = workdir / 'config.json'
   if not path.exists():
-    raise CheckpointError(
-      f'{workdir} has no config.json; give the workdir of a training run'
-    )
+    raise CheckpointError(f'{workdir} has no config.json; give the workdir of a training run')
   return json.loads(path.read_text())

@@ -39,9 +39,7 @@ class OptimizerConfig:
     choice('optimizer.name', self.name, ('muon', 'adamw'))
     choice('optimizer.schedule', self.schedule, ('cosine', 'rsqrt', 'constant'))
     if self.peak_lr <= 0 or self.gate_lr <= 0 or self.clip <= 0 or self.warmup < 1:
-      raise ConfigError(
-        'optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1'
-      )
+      raise ConfigError('optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1')
 
 
 @dataclasses.dataclass
@@ -74,9 +72,7 @@ class SparsityConfig:
     choice('sparsity.penalty', self.penalty, ('abs_squared', 'abs', 'squared', 'hinge'))
     choice('sparsity.count', self.count, ('modules', 'macs'))
     if not 0 <= self.target < 1:
-      raise ConfigError(
-        f'sparsity.target is {self.target}; it is the closed fraction, in [0, 1)'
-      )
+      raise ConfigError(f'sparsity.target is {self.target}; it is the closed fraction, in [0, 1)')
     if not 0 <= self.ramp <= 1 or not 0 <= self.freeze < 1:
       raise ConfigError('sparsity.ramp and sparsity.freeze are fractions of the training')
     if self.tau_start <= 0 or self.tau_end <= 0:
@@ -159,9 +155,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
   """Inverse of `to_dict`; raises ConfigError, naming them, on unknown keys."""
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if unknown := sorted(set(values) - set(fields)):
-    raise ConfigError(
-      f'{cls.__name__} has no {", ".join(unknown)}; it has {", ".join(fields)}'
-    )
+    raise ConfigError(f'{cls.__name__} has no {", ".join(unknown)}; it has {", ".join(fields)}')
   hints = typing.get_type_hints(cls)
   out = {}
   for name, value in values.items():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gatedfm import partitioning
@@ -40,9 +39,7 @@ def git_revision() -> str:
     ('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
   ).stdout.strip()
   try:
-    return git('rev-parse', '--short', 'HEAD') + (
-      '+' if git('status', '--porcelain') else ''
-    )
+    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
 
@@ -60,12 +57,12 @@ def resolve_dtype(name: str) -> str:
 def _claim(cfg: TrainConfig, workdir: Path) -> None:
   """Writes `config.json`, or checks that the workdir belongs to this configuration."""
   path, mine = workdir / 'config.json', config_lib.to_dict(cfg)
-  if path.exists():
-    if changed := config_lib.differences(checkpoints.load_config(workdir), mine):
-      raise WorkdirError(
-        f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
-        + '\nChoose another --workdir, or remove this one to start over.'
-      )  # fmt: skip
+  saved = checkpoints.load_config(workdir) if path.exists() else mine
+  if changed := config_lib.differences(saved, mine):
+    raise WorkdirError(
+      f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
+      + '\nChoose another --workdir, or remove this one to start over.'
+    )  # fmt: skip
   log.write_atomically(path, json.dumps(mine, indent=1) + '\n')
 
 
@@ -116,9 +113,7 @@ def _restore(
   if cfg.continue_from:
     with checkpoints.Checkpoints(Path(cfg.continue_from)) as other:
       if other.latest is None:
-        raise checkpoints.CheckpointError(
-          f'{cfg.continue_from} holds no checkpoint to continue'
-        )
+        raise checkpoints.CheckpointError(f'{cfg.continue_from} holds no checkpoint to continue')
       state, progress = other.load(abstract)
     say(f'restore: continuing from {cfg.continue_from}')
     return state, progress
@@ -149,18 +144,16 @@ def _sigterm() -> Any:
 class Evaluator:
   """Validation losses, teacher-forced, averaged over utterances."""
 
-  def __init__(
-    self, cfg: TrainConfig, assets: corpus.Assets, split: corpus.Split, mesh: Any
-  ):
+  def __init__(self, cfg: TrainConfig, assets: corpus.Assets, split: corpus.Split, mesh: Any):
     self._split, self._mesh = split, mesh
     self._step = step.make_eval_step(cfg, assets.stats)
 
-  def __call__(self, params: Any, at: jax.Array) -> dict[str, float]:
+  def __call__(self, params: Any, gating_now: dict[str, Any]) -> dict[str, float]:
     rows = []
     for batch in pipeline.eval_batches(
       self._split.examples, self._split.caches, self._split.shapes
     ):
-      rows.append(self._step(params, _on_device(batch, self._mesh), at))
+      rows.append(self._step(params, _on_device(batch, self._mesh), gating_now))
     rows = jax.device_get(rows)
     weight = np.array([r['count'] for r in rows], np.float64)
     mean = lambda k: float(np.sum(weight * [r[k] for r in rows]) / weight.sum())
@@ -241,8 +234,7 @@ def _run(
   main = jax.process_index() == 0
   logger = log.Log(workdir, first, cfg.tensorboard) if main else None
   clock = log.Clock(first, cfg.steps, progress['seconds'])
-  frozen = optimizer.freeze_step(cfg.sparsity, cfg.steps)
-  compiled: set[tuple] = set()
+  compiled: set[tuple[int, ...]] = set()
   pending: tuple[int, Any, np.ndarray] | None = None
   window = _Window(cfg)
 
@@ -264,15 +256,13 @@ def _run(
     for at in range(first + 1, cfg.steps + 1):
       batch = next(batches)
       began, shape = time.perf_counter(), batch['features'].shape
-      sample = cfg.model.gates.enabled and at <= frozen
-      state, metrics = train_step(state, _on_device(batch, mesh), sample=sample)
-      if (shape, sample) not in compiled:
-        compiled.add((shape, sample))
+      gating_now = optimizer.sparsity_schedule(cfg.sparsity, cfg.steps, at - 1)
+      state, metrics = train_step(state, _on_device(batch, mesh), gating_now)
+      if shape not in compiled:
+        compiled.add(shape)
         jax.block_until_ready(state)
         clock.pause(time.perf_counter() - began)
-        say(
-          f'compiled batch shape {shape[0]}x{shape[1]} in {time.perf_counter() - began:.1f} s'
-        )
+        say(f'compiled batch shape {shape[0]}x{shape[1]} in {time.perf_counter() - began:.1f} s')
       settle()
       pending = (at, metrics, batch['index'])
       window.count(batch)
@@ -284,7 +274,7 @@ def _run(
           say(_line(cfg, at, values, clock))
       if at % cfg.eval_every == 0 or at == cfg.steps:
         began = time.perf_counter()
-        values = evaluate(state.params, jnp.asarray(at))
+        values = evaluate(state.params, gating_now)
         clock.pause(time.perf_counter() - began)
         if logger:
           logger.write(at, values)

@@ -35,15 +35,11 @@ def ctc_loss(
   s, u = logits_BxSxV.shape[1], labels_BxU.shape[1]
   padding_BxS = (jnp.arange(s) >= lengths_B[:, None]).astype(jnp.float32)
   padding_BxU = (jnp.arange(u) >= label_lengths_B[:, None]).astype(jnp.float32)
-  loss_B = optax.ctc_loss(
-    logits_BxSxV, padding_BxS, labels_BxU, padding_BxU, blank_id=BLANK
-  )
+  loss_B = optax.ctc_loss(logits_BxSxV, padding_BxS, labels_BxU, padding_BxU, blank_id=BLANK)
   return jnp.where((label_lengths_B > 0) & (loss_B < IMPOSSIBLE), loss_B, 0.0)
 
 
-def attention_loss(
-  logits_BxLxV: jax.Array, targets_BxL: jax.Array, smoothing: float
-) -> jax.Array:
+def attention_loss(logits_BxLxV: jax.Array, targets_BxL: jax.Array, smoothing: float) -> jax.Array:
   """Label-smoothed KL divergence summed over an utterance's tokens, `[B]`.
 
   The smoothed target puts `1 - smoothing` on the token and spreads the rest over the other
@@ -64,9 +60,7 @@ def attention_loss(
   return jnp.sum(jnp.where(targets_BxL != IGNORED, cross_BxL - entropy, 0.0), -1)
 
 
-def token_accuracy(
-  logits_BxLxV: jax.Array, targets_BxL: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def token_accuracy(logits_BxLxV: jax.Array, targets_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Right and counted teacher-forced tokens, two scalars."""
   counted = targets_BxL != IGNORED
   right = (jnp.argmax(logits_BxLxV, -1) == targets_BxL) & counted

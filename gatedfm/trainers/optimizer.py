@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gatedfm.trainers.config import OptimizerConfig, SparsityConfig
@@ -27,13 +28,9 @@ def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedu
   """Linear warm-up, then the configured decay."""
   warmup = min(cfg.warmup, max(steps - 1, 1))
   if cfg.schedule == 'cosine':
-    return optax.warmup_cosine_decay_schedule(
-      0.0, peak, warmup, steps, peak * cfg.final_fraction
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * cfg.final_fraction)
   if cfg.schedule == 'rsqrt':
-    return lambda step: (
-      peak * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
-    )
+    return lambda step: peak * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
   return optax.linear_schedule(0.0, peak, warmup)
 
 
@@ -59,9 +56,7 @@ def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
       muon_weight_dimension_numbers=_matrices,
     )
   else:
-    model = optax.adamw(
-      rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
-    )
+    model = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
   gates = optax.adam(learning_rate(cfg, cfg.gate_lr, steps), cfg.b1, cfg.b2, cfg.eps)
   label = lambda params: jax.tree_util.tree_map_with_path(
     lambda path, _: 'gates' if is_gate(path) else 'model', params
@@ -84,17 +79,23 @@ def _matrices(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def sparsity_schedule(
-  cfg: SparsityConfig, steps: int, step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Target sparsity and Gumbel-Softmax temperature at `step`, two scalars."""
+def sparsity_schedule(cfg: SparsityConfig, steps: int, step: int) -> dict[str, np.ndarray]:
+  """What the gate search depends on at `step`, as scalars for the train step.
+
+  Handed over at every step and not compiled in, so that points of a sweep that differ in
+  target or weight share one program.
+
+  Returns: `target` (ramped), `temperature`, `weight` of the penalty, and `search`: False in
+    the last, frozen part, where gates are decided by threshold and the predictor rests.
+  """
   done = step / steps
-  target = cfg.target * jnp.clip(done / max(cfg.ramp, 1e-9), 0, 1)
-  searched = jnp.clip(done / (1 - cfg.freeze), 0, 1)
+  target = cfg.target * min(done / max(cfg.ramp, 1e-9), 1.0)
+  searched = min(done / (1 - cfg.freeze), 1.0)
   tau = cfg.tau_start * (cfg.tau_end / cfg.tau_start) ** searched
-  return target, tau
-
-
-def freeze_step(cfg: SparsityConfig, steps: int) -> int:
-  """First step at which gates are fixed; `steps` where they never are."""
-  return round((1 - cfg.freeze) * steps)
+  scalar = lambda x: np.asarray(x, np.float32)
+  return {
+    'target': scalar(target),
+    'temperature': scalar(tau),
+    'weight': scalar(cfg.weight),
+    'search': np.asarray(done < 1 - cfg.freeze),
+  }

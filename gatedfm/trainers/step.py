@@ -70,16 +70,15 @@ class Objective:
     self.costs = speech_costs.site_costs(cfg.model, frames=200, tokens=12)
 
   def __call__(
-    self, params: Any, batch: Batch, step: jax.Array, key: jax.Array | None, sample: bool
+    self, params: Any, batch: Batch, gating_now: dict[str, jax.Array], key: jax.Array | None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss per utterance and its parts.
 
     Args:
       params: model parameters.
       batch: as `gatedfm.data.pipeline` makes it.
-      step: for the schedules of target and temperature.
-      key: PRNG key; None evaluates without dropout and augmentation.
-      sample: whether gates are sampled (True) or thresholded.
+      gating_now: `optimizer.sparsity_schedule` of this step.
+      key: PRNG key; None evaluates: no dropout, no augmentation, gates by threshold.
 
     Returns: scalar loss, metrics (scalars).
     """
@@ -90,19 +89,27 @@ class Objective:
       noise, dropout, gumbel = jax.random.split(key, 3)
       x_BxTxM, frames_B = augment.augment(noise, x_BxTxM, frames_B, cfg.augment)
       rngs = {'dropout': dropout, 'gates': gumbel}
-    target, tau = optimizer.sparsity_schedule(cfg.sparsity, cfg.steps, step)
-    context = gating.Context(batch['language'], batch['task'], tau, sample)
+    context = gating.Context(
+      batch['language'],
+      batch['task'],
+      gating_now['temperature'],
+      gating_now['search'],
+      sample=key is not None,
+    )
     out: Output = self.model.apply(
-      {'params': params}, x_BxTxM, frames_B, batch['decoder_input'], context,
-      deterministic=key is None, rngs=rngs,
-    )  # fmt: skip
+      {'params': params},
+      x_BxTxM,
+      frames_B,
+      batch['decoder_input'],
+      context,
+      deterministic=key is None,
+      rngs=rngs,
+    )
 
     valid_B = batch['valid'].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(valid_B), 1.0)
     lengths_B = jnp.sum(out.encoded.mask, 1)
-    ctc_B = losses.ctc_loss(
-      out.ctc_logits, lengths_B, batch['ctc_labels'], batch['ctc_length']
-    )
+    ctc_B = losses.ctc_loss(out.ctc_logits, lengths_B, batch['ctc_labels'], batch['ctc_length'])
     attention_B = losses.attention_loss(out.logits, batch['decoder_target'], cfg.smoothing)
     # As ESPnet: CTC over the utterances that have a transcript, attention over all.
     transcribed = jnp.sum(valid_B * (batch['ctc_length'] > 0))
@@ -117,61 +124,58 @@ class Objective:
       'token_accuracy': right / jnp.maximum(counted, 1),
     }
     if cfg.model.gates.enabled:
-      penalty, sparsity = self._penalty(out.encoded.gates, target)
-      loss += cfg.sparsity.weight * penalty
-      metrics |= {'sparsity': sparsity, 'sparsity_target': target, 'penalty': penalty}
+      penalty, sparsity = self._penalty(out.encoded.gates, gating_now['target'])
+      loss += gating_now['weight'] * penalty
+      metrics |= {
+        'sparsity': sparsity,
+        'sparsity_target': gating_now['target'],
+        'penalty': penalty,
+      }
     return loss, metrics | {'loss': loss}
 
-  def _penalty(
-    self, gates: gates_lib.Gates, target: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def _penalty(self, gates: gates_lib.Gates, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     cfg, sites = self.cfg, self.cfg.model.sites()
     costs = self.costs if cfg.sparsity.count == 'macs' else None
     groups = [sites]
     if cfg.sparsity.per_stack:
       groups = [tuple(s for s in sites if s.stack == k) for k in cfg.model.gates.stacks]
     parts = [
-      losses.sparsity_penalty(
-        gates_lib.sparsity(gates, g, costs), target, cfg.sparsity.penalty
-      )
+      losses.sparsity_penalty(gates_lib.sparsity(gates, g, costs), target, cfg.sparsity.penalty)
       for g in groups
     ]
     return sum(parts) / len(parts), gates_lib.sparsity(gates, sites, costs)
 
 
 def make_train_step(cfg: TrainConfig, stats: FeatureStats, shardings: Any) -> Callable:
-  """The jitted step `(state, batch, sample) -> (state, metrics)`; donates the state.
-
-  `sample` is static: True searches gates (sampled, predictor trained), False tunes the
-  weights at the thresholded gates with the predictor at rest.
-  """
+  """The jitted step `(state, batch, gating_now) -> (state, metrics)`; donates the state."""
   objective = Objective(cfg, stats)
   tx = optimizer.make(cfg.optimizer, cfg.steps)
 
-  def train_step(state: TrainState, batch: Batch, sample: bool):
+  def train_step(state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]):
     # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.
     key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), state.step)
     grad_fn = jax.value_and_grad(objective, has_aux=True)
-    (_, metrics), grads = grad_fn(state.params, batch, state.step, key, sample)
+    (_, metrics), grads = grad_fn(state.params, batch, gating_now, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    if cfg.model.gates.enabled and not sample:
+    if cfg.model.gates.enabled:
+      rest = lambda u: jnp.where(gating_now['search'], u, 0)
       updates = jax.tree_util.tree_map_with_path(
-        lambda path, u: jnp.zeros_like(u) if optimizer.is_gate(path) else u, updates
+        lambda path, u: rest(u) if optimizer.is_gate(path) else u, updates
       )
     params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(grads)
     state = TrainState(state.step + 1, params, opt_state)
     return jax.lax.with_sharding_constraint(state, shardings), metrics
 
-  return jax.jit(train_step, static_argnames='sample', donate_argnames='state')
+  return jax.jit(train_step, donate_argnames='state')
 
 
 def make_eval_step(cfg: TrainConfig, stats: FeatureStats) -> Callable:
-  """The jitted `(params, batch, step) -> metrics`: thresholded gates, no dropout."""
+  """The jitted `(params, batch, gating_now) -> metrics`: thresholded gates, no dropout."""
   objective = Objective(cfg, stats)
 
-  def eval_step(params: Any, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
-    _, metrics = objective(params, batch, step, None, False)
+  def eval_step(params: Any, batch: Batch, gating_now: dict[str, jax.Array]):
+    _, metrics = objective(params, batch, gating_now, None)
     return metrics | {'count': jnp.sum(batch['valid'])}
 
   return jax.jit(eval_step)

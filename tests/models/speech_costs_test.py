@@ -30,16 +30,6 @@ CONFIGS = {
 }
 
 
-def inner(eqn):
-  """Jaxprs that an equation runs; of a custom derivative, what runs going forward."""
-  for value in eqn.params.values():
-    for v in value if isinstance(value, tuple) else (value,):
-      if hasattr(v, 'eqns'):
-        yield v
-      elif hasattr(getattr(v, 'jaxpr', None), 'eqns'):
-        yield v.jaxpr
-
-
 def count_macs(jaxpr):
   """MACs of all products and convolutions, times the trips of a scan."""
   total = 0
@@ -54,7 +44,7 @@ def count_macs(jaxpr):
       total += out * math.prod(rhs) // features
     else:
       assert eqn.primitive.name not in ('cond', 'while')
-      total += eqn.params.get('length', 1) * sum(count_macs(j) for j in inner(eqn))
+      total += eqn.params.get('length', 1) * sum(count_macs(j) for j in tiny_speech.jaxprs_of(eqn))
   return total
 
 

@@ -1,0 +1,53 @@
+"""The full comparison on the embedded data: sparsity targets, stacks, contexts, seeds.
+
+  bash launch/local.sh configs/gated_speech/full.py runs/full
+
+Hours on two cores; restartable at any moment, every point is trained once. Which points choose
+anything is read off the validation split (`--config.split=validation`); the test split reports.
+"""
+
+import copy
+
+from configs.gated_speech import quickstart, tiny
+from gatedfm.evaluation.sweep import SweepConfig
+from gatedfm.trainers.config import TrainConfig
+
+STEPS, GATED_STEPS = 12_000, 2_000
+
+
+def dense(seed: int) -> TrainConfig:
+  """Twice the quickstart's depth, dropout, and ten times its steps."""
+  cfg = tiny.get_config()
+  cfg.seed, cfg.steps = seed, STEPS
+  cfg.eval_every = cfg.checkpoint_every = 1_000
+  model = cfg.model
+  model.encoder_layers, model.decoder_layers = 6, 2
+  model.kernel, model.dropout, model.attention_dropout = 15, 0.1, 0.1
+  cfg.augment.time_masks, cfg.augment.time_fraction = 4, 0.06
+  cfg.optimizer.warmup = 500
+  return cfg
+
+
+def get_config() -> SweepConfig:
+  """Dense and gated points; see `configs/gated_speech/README.md` for what each answers."""
+  points = {'dense': dense(0)}
+
+  def add(name: str, target: float, parent: str = 'dense', seed: int = 0) -> TrainConfig:
+    cfg = quickstart.gated(points[parent], target, GATED_STEPS)
+    cfg.init_from, cfg.seed = parent, seed
+    points[name] = cfg
+    return cfg
+
+  for target in (0.3, 0.5, 0.7):
+    add(f'both_{target}', target)
+    add(f'encoder_{target}', target).model.gates.stacks = ('encoder',)
+    add(f'decoder_{target}', target).model.gates.stacks = ('decoder',)
+  for context in ('speech', 'language', 'task'):
+    add(f'both_0.5_{context}', 0.5).model.gates.context = (context,)
+  # An empty context decides the same for every utterance: a learned fixed mask, the control.
+  add('both_0.5_static', 0.5).model.gates.context = ()
+  for seed in (1, 2):
+    points[f'dense_seed{seed}'] = copy.deepcopy(dense(seed))
+    add(f'both_0.5_seed{seed}', 0.5, f'dense_seed{seed}', seed)
+    add(f'both_0.5_static_seed{seed}', 0.5, f'dense_seed{seed}', seed).model.gates.context = ()
+  return SweepConfig(points=points, other='asterisk?languages=fra,rus,spa', timed=60, rounds=5)

@@ -1,0 +1,31 @@
+# Sourced by the other scripts: enters the repository, makes .venv once, installs what is asked.
+#   install requirements.txt ...
+# GATEDFM_PYTHON chooses the interpreter.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+install() {
+  local python="${GATEDFM_PYTHON:-python3}" file stamp
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "gatedfm needs Python 3.11 or newer; set GATEDFM_PYTHON to one" >&2
+    exit 1
+  fi
+  if [ ! -x .venv/bin/python ]; then
+    if ! "$python" -m venv .venv 2>/dev/null; then
+      rm -rf .venv
+      if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && apt-get install -y -qq python3-venv
+      fi
+      "$python" -m venv .venv || { echo 'install python3-venv, then run this again' >&2; exit 1; }
+    fi
+  fi
+  for file in "$@"; do
+    stamp=".venv/installed-$(sha256sum "$file" | cut -c1-16)"
+    if [ ! -e "$stamp" ]; then
+      echo "installing $file into .venv"
+      .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file"
+      touch "$stamp"
+    fi
+  done
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  export PATH="$PWD/.venv/bin:$PATH"
+}

@@ -1,0 +1,233 @@
+"""The central test: dense, mask and skip are one model, teacher-forced and decoding.
+
+One program of each execution serves all gates.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_speech
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatedfm import gates as gates_lib
+from gatedfm.models.decoder import DecoderLayer
+from gatedfm.models.encoder import EncoderLayer
+from gatedfm.models.speech import SpeechModel, for_inference
+from gatedfm.models.speech_config import ENCODER_MODULES
+from gatedfm.nn import gating
+
+ENCODERS = tuple(ENCODER_MODULES)
+TOKENS = tiny_speech.TOKENS
+ONE = tiny_speech.inputs(batch=1)
+
+
+def everything(model, params, gates, x, frames, tokens, context):
+  """Memory, CTC logits, teacher-forced logits, and the same logits decoded step by step."""
+  call = functools.partial(model.apply, {'params': params})
+  out = call(x, frames, tokens, context, gates)
+  caches = call(out.encoded, TOKENS + 1, method='start')
+
+  def step(caches, at):
+    logits, caches = call(at[1], at[0], caches, out.encoded, method='step')
+    return caches, logits
+
+  _, logits = jax.lax.scan(step, caches, (jnp.arange(TOKENS), tokens.T))
+  return {
+    'memory': out.encoded.memory,
+    'ctc': out.ctc_logits,
+    'logits': out.logits,
+    'decoded': jnp.swapaxes(logits, 0, 1),
+  }
+
+
+@functools.cache
+def traced_program(encoder, execution, gated):
+  cfg = tiny_speech.config(encoder)
+  model, params = for_inference(cfg, tiny_speech.params(encoder), execution)
+  gates = gates_lib.all_open(cfg.all_sites()) if gated else None
+  return jax.jit(functools.partial(everything, model)).trace(params, gates, *ONE), params
+
+
+@functools.cache
+def lowered(encoder, execution, gated):
+  return traced_program(encoder, execution, gated)[0].lower()
+
+
+@functools.cache
+def program(encoder, execution, gated=True):
+  """`run(gates)`, compiled once for whatever the gates are; and the compiled text."""
+  params = traced_program(encoder, execution, gated)[1]
+  compiled = lowered(encoder, execution, gated).compile(compiler_options=tiny_speech.FAST)
+  return lambda gates: compiled(params, gates, *ONE), compiled.as_text()
+
+
+def run(encoder, execution, gates):
+  return program(encoder, execution)[0](gates)
+
+
+def closed(cfg, *names):
+  """Gates open everywhere but in the named sites."""
+  gates = gates_lib.all_open(cfg.all_sites())
+  return gates_lib.Gates(gates.values | {n: jnp.zeros_like(gates[n]) for n in names})
+
+
+def assert_close(a, b, tolerance=1e-5):
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_without_gates_skip_and_mask_are_one_program(encoder):
+  text = lambda execution: lowered(encoder, execution, False).as_text()
+  assert text('mask') == text('skip')
+
+
+@pytest.mark.parametrize('execution', gating.EXECUTIONS)
+def test_open_layers_are_dense_bit_for_bit(execution):
+  """Operation by operation: compiled, fusion may round inside a branch as it would not outside."""
+  cfg = tiny_speech.config(execution=execution)
+  x = tiny_speech.features(TOKENS, 1)
+  mask = jnp.ones((1, TOKENS), bool)
+  layer = lambda stack: jax.tree.map(lambda a: a[0], tiny_speech.params()[stack]['layers']['scan'])
+  ones = lambda stack: {s.module: jnp.ones(()) for s in cfg.all_sites() if s.stack == stack}
+
+  def encode(gates):
+    variables = {'params': layer('encoder')}
+    return EncoderLayer(cfg).apply(variables, x, gates, mask, tiny_speech.context(1), True)[0]
+
+  def decode(gates):
+    call = functools.partial(DecoderLayer(cfg).apply, {'params': layer('decoder')})
+    cache = call(2 * x, gates, TOKENS, method='start')
+    step = call(x[:, :1], cache, gates, 0, mask, method='step')
+    return call(x, gates, 2 * x, mask, True)[0], step
+
+  with jax.disable_jit():
+    for run, stack in ((encode, 'encoder'), (decode, 'decoder')):
+      jax.tree.map(np.testing.assert_array_equal, run(ones(stack)), run({}))
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_all_open_is_dense_compiled(encoder):
+  gates = gates_lib.all_open(tiny_speech.config(encoder).all_sites())
+  dense = program(encoder, 'mask', gated=False)[0](None)
+  mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
+  for name in dense:
+    np.testing.assert_array_equal(mask[name], dense[name], err_msg=name)
+  assert_close(skip, dense, 1e-6)
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_closing_a_whole_site(encoder):
+  """mask = skip, the steps = the sentence, and the closed site is missed."""
+  cfg = tiny_speech.config(encoder)
+  dense = program(encoder, 'mask', gated=False)[0](None)
+  for site in cfg.all_sites():
+    gates = closed(cfg, site.name)
+    mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
+    assert_close(mask, skip)
+    assert_close({'': mask['logits']}, {'': mask['decoded']})
+    assert_close({'': skip['logits']}, {'': skip['decoded']})
+    assert np.abs(mask['logits'] - dense['logits']).max() > 1e-4, site.name
+    same = np.array_equal(mask['memory'], dense['memory'])
+    assert same == (site.stack == 'decoder'), site.name
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_closing_everything(encoder):
+  cfg = tiny_speech.config(encoder)
+  gates = closed(cfg, *[s.name for s in cfg.all_sites()])
+  mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
+  assert_close(mask, skip)
+  assert_close({'': mask['logits']}, {'': mask['decoded']})
+  assert np.isfinite(mask['logits']).all()
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_random_patterns(encoder):
+  cfg = tiny_speech.config(encoder)
+
+  @settings(max_examples=12, deadline=None, database=None)
+  @given(st.integers(0, 10_000))
+  def holds(seed):
+    gates = tiny_speech.random_gates(cfg, seed)
+    mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
+    assert_close(mask, skip)
+    assert_close({'': mask['logits']}, {'': mask['decoded']})
+    assert_close({'': skip['logits']}, {'': skip['decoded']})
+
+  holds()
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_skip_branches_once_a_gate_and_selects_nowhere(encoder):
+  """Every closed gate must really be skipped: XLA turns some conditionals into selects."""
+  cfg = tiny_speech.config(encoder)
+  gates = sum(s.size for s in cfg.all_sites())
+  # The program above also projects keys for decoding, and decodes: the decoder once more.
+  again = cfg.decoder_layers + sum(s.size for s in cfg.all_sites() if s.stack == 'decoder')
+  assert program(encoder, 'skip')[1].count(' conditional(') == gates + again
+  low = lambda execution, gated: lowered(encoder, execution, gated).as_text()
+  selects = lambda text: text.count('stablehlo.select')
+  assert low('skip', True).count('stablehlo.case') == gates + again
+  assert selects(low('skip', True)) == selects(low('skip', False))
+  assert ' conditional(' not in program(encoder, 'mask')[1]
+
+
+def test_a_branch_takes_its_own_parameters_alone():
+  """What else a conditional took in, the other layers' weights, it would have to copy."""
+  traced, params = traced_program('e_branchformer', 'skip', True)
+  conds = [e for e in tiny_speech.equations(traced.jaxpr.jaxpr) if e.primitive.name == 'cond']
+  layer = params['encoder']['layers']['layers_0']
+  most = max(len(jax.tree.leaves(layer[m])) for m in ENCODER_MODULES['e_branchformer'])
+  # Beside the parameters: the gate, x, masks, positions, a cache.
+  assert max(len(e.invars) for e in conds) <= most + 6
+
+
+def test_skip_refuses_gates_that_differ_by_example():
+  cfg = tiny_speech.config()
+  model, params = for_inference(cfg, tiny_speech.params(), 'skip')
+  gates = tiny_speech.random_gates(cfg, 0, tiny_speech.BATCH)
+  with pytest.raises(ValueError, match='skip needs one gate for the whole batch'):
+    jax.eval_shape(lambda: model.apply({'params': params}, *tiny_speech.inputs(), gates))
+
+
+def test_decoding_needs_the_unrolled_layout():
+  cfg = tiny_speech.config()
+  model, params = SpeechModel(cfg), tiny_speech.params()
+
+  def start():
+    call = functools.partial(model.apply, {'params': params})
+    encoded = call(*tiny_speech.inputs()[:2], tiny_speech.context(), method='encode')
+    return call(encoded, 3, method='start')
+
+  with pytest.raises(ValueError, match='scan_layers=False'):
+    jax.eval_shape(start)
+
+
+def test_examples_of_a_batch_have_gates_of_their_own():
+  """Under mask a row's answer is what its gates would give alone."""
+  cfg = tiny_speech.config()
+  model, params = SpeechModel(cfg), tiny_speech.params()
+  call = tiny_speech.jit(
+    lambda gates: model.apply({'params': params}, *tiny_speech.inputs(), gates)
+  )
+  gates = tiny_speech.random_gates(cfg, 5, tiny_speech.BATCH)
+  together = call(gates).logits
+  for b in range(tiny_speech.BATCH):
+    row = jax.tree.map(lambda g, b=b: jnp.repeat(g[:, b : b + 1], tiny_speech.BATCH, 1), gates)
+    np.testing.assert_allclose(call(row).logits[b], together[b], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('execution', gating.EXECUTIONS)
+def test_bfloat16_activations_keep_their_type_through_gates(execution):
+  """The branches of a conditional must agree in type; checked by tracing alone."""
+  cfg = tiny_speech.config(dtype='bfloat16', activation_dtype='bfloat16')
+  model, params = for_inference(cfg, tiny_speech.params(), execution)
+  gates = gates_lib.all_open(cfg.all_sites())
+  out = jax.eval_shape(lambda: everything(model, params, gates, *ONE))
+  assert out['memory'].dtype == jnp.bfloat16
+  assert out['logits'].dtype == out['decoded'].dtype == out['ctc'].dtype == jnp.float32
