@@ -117,24 +117,14 @@ def test_constraints_take_effect_where_a_mesh_is_active(mesh):
 
 def test_sharded_forward_and_gradient_are_those_of_one_device(mesh):
   cfg, params = tiny_speech.config(), tiny_speech.params()
-  gates, inputs = tiny_speech.random_gates(cfg, 1, tiny_speech.BATCH), tiny_speech.inputs()
+  gates, (want, memory, want_grads) = tiny_speech.gradients(seed=3)
 
-  def loss(params, gates, *inputs):
-    """And the memory, whose layout only the constraints inside the layers decide."""
-    memory = SpeechModel(cfg).apply(
-      {'params': params}, *inputs[:2], inputs[3], gates, method='encode'
-    )
-    return tiny_speech.loss(SpeechModel(cfg), params, gates, *inputs), memory.memory
-
-  grad = lambda: tiny_speech.jit(jax.value_and_grad(loss, has_aux=True))
-  (want, memory), want_grads = grad()(params, gates, *inputs)
-
-  layout = partitioning.shardings(init(cfg), mesh)
   with partitioning.activate(mesh):
-    spread = jax.device_put(params, layout)
+    spread = jax.device_put(params, partitioning.shardings(init(cfg), mesh))
     # Inputs in full on every device: what splits the batch is the model's own constraints.
-    everywhere = jax.device_put((gates, *inputs), NamedSharding(mesh, P()))
-    (got, spread_memory), got_grads = grad()(spread, *everywhere)
+    everywhere = jax.device_put((gates, *tiny_speech.inputs()), NamedSharding(mesh, P()))
+    run = tiny_speech.gradient_function(cfg)
+    got, spread_memory, got_grads = run(spread, *everywhere)
 
   kernel = spread['encoder']['layers']['scan']['ffn1']['ffn']['w_1']['kernel']
   n, d, f = kernel.shape

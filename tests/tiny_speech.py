@@ -105,10 +105,34 @@ def random_gates(cfg, seed, batch=None):
   return gates_lib.Gates({s.name: draw(s) for s in cfg.all_sites()})
 
 
-def loss(model, params, gates, *inputs):
-  """A scalar that every output and every example has a part in."""
-  out = model.apply({'params': params}, *inputs, gates)
-  return jnp.sum(jnp.sin(out.logits)) + jnp.sum(jnp.cos(out.ctc_logits))
+def gradient_function(cfg):
+  """`run(params, gates, *inputs)`: loss, encoder output, and the parameters' gradients."""
+
+  def loss(params, gates, *inputs):
+    out = SpeechModel(cfg).apply({'params': params}, *inputs, gates)
+    value = jnp.sum(jnp.sin(out.logits)) + jnp.sum(jnp.cos(out.ctc_logits))
+    return value, out.encoded.memory
+
+  run = jit(jax.value_and_grad(loss, has_aux=True))
+
+  def flat(*args):
+    (value, memory), grads = run(*args)
+    return value, memory, grads
+
+  return flat
+
+
+@functools.cache
+def gradients(seed):
+  """Random gates, each alike for all examples, and what `gradient_function` gives for them."""
+  each = random_gates(config(), seed)
+  gates = jax.tree.map(lambda g: jnp.repeat(g[:, None], BATCH, 1), each)
+  return gates, _dense_gradients()(params(), gates, *inputs())
+
+
+@functools.cache
+def _dense_gradients():
+  return gradient_function(config())
 
 
 def jaxprs_of(eqn):

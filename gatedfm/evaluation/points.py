@@ -92,7 +92,7 @@ def evaluate(workdir: Path, split: str = 'test', other: str = '', data_dir: str 
     'key': key,
     'lid': lid,
     **_costs(cfg, gate_map, opened['same']),
-    'gate_map': {'contexts': gate_map.contexts()},
+    'gate_map': {'contexts': gate_map.contexts()} if cfg.model.gates.enabled else None,
     'workdir': str(workdir),
   }
   lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in outputs)

@@ -52,7 +52,9 @@ class Conv2dSubsampling(nn.Module):
     for i in range(2):
       shape = (3, 3, x.shape[-1], self.channels)
       init = nn.initializers.variance_scaling(2.0, 'fan_in', 'uniform')
-      axes = ('small', 'small', 'small' if i == 0 else 'embed', 'mlp')
+      # Input channels stay whole: with them on a mesh axis of the batch's, XLA (jaxlib 0.10.2)
+      # partitions the gradient by the convolution's input wrongly, without a word.
+      axes = ('small', 'small', 'small', 'mlp')
       kernel = layers.param(self, f'conv_{i + 1}_kernel', init, axes, shape)
       bias = layers.param(
         self, f'conv_{i + 1}_bias', nn.initializers.zeros, ('small',), (self.channels,)

@@ -51,7 +51,7 @@ class _Draws:
 
 def _span(draws: _Draws, length_B: jax.Array, width_B: jax.Array, size: int) -> jax.Array:
   """True within one span of at most `width` inside `length` per example, `[B, size]`."""
-  width_B = jnp.floor(draws.uniform() * (width_B + 1))
+  width_B = jnp.floor(draws.uniform() * (jnp.floor(width_B) + 1))
   start_B = jnp.floor(draws.uniform() * jnp.maximum(length_B - width_B, 1))
   at = jnp.arange(size)
   return (at >= start_B[:, None]) & (at < (start_B + width_B)[:, None])
@@ -88,7 +88,9 @@ def _warp(
   if cfg.tempo:
     factor_B = draws.uniform(1 - cfg.tempo, 1 + cfg.tempo)
     factor_B = jnp.minimum(factor_B, t / jnp.maximum(frames_B, 1))
-    x_BxTxM = _interpolate(x_BxTxM, jnp.arange(t) / factor_B[:, None])
+    # The last frames never mix with the padding behind them.
+    at_BxT = jnp.minimum(jnp.arange(t) / factor_B[:, None], frames_B[:, None] - 1)
+    x_BxTxM = _interpolate(x_BxTxM, at_BxT)
     frames_B = jnp.clip(jnp.floor(frames_B * factor_B).astype(frames_B.dtype), 1, t)
   if cfg.formant:
     factor_B = draws.uniform(1 - cfg.formant, 1 + cfg.formant)

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 from gatedfm import partitioning
 from gatedfm.data import corpus, pipeline
 from gatedfm.data.sources import default_data_dir
+from gatedfm.data.types import DataError
 from gatedfm.models import speech_costs
 from gatedfm.trainers import checkpoints, log, optimizer, step
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
 
 ASSETS = 'assets'
@@ -42,6 +44,17 @@ def git_revision() -> str:
     return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
+
+
+@contextlib.contextmanager
+def _naming(fields: str) -> Iterator[None]:
+  """Makes what lower layers say of impossible values a ConfigError that names the fields."""
+  try:
+    yield
+  except (DataError, ConfigError):
+    raise
+  except ValueError as e:
+    raise ConfigError(f'{fields}: {e}') from e
 
 
 def resolve_dtype(name: str) -> str:
@@ -74,7 +87,9 @@ def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
     if parent:
       corpus.Assets.load(Path(parent) / ASSETS).save(folder)
     else:
-      corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad).save(folder)
+      with _naming('vocab, data.tasks'):
+        assets = corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad)
+      assets.save(folder)
   return corpus.Assets.load(folder)
 
 
@@ -191,7 +206,8 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
   for parent in filter(None, (cfg.init_from, cfg.continue_from)):
     checkpoints.load_config(Path(parent))
   data_dir = Path(cfg.data_dir) if cfg.data_dir else default_data_dir()
-  mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
+  with _naming('mesh'):
+    mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)
   cfg = complete(cfg, _assets(cfg, workdir, data_dir))
   _claim(cfg, workdir)
@@ -210,12 +226,13 @@ def _run(
   opened = lambda split: corpus.open_split(
     cfg.data, assets, split, data_dir, replicas, cfg.skip_bad, say
   )
-  train_split = opened('train')
-  batches = pipeline.train_iterator(
-    train_split.examples, train_split.caches, cfg.data, train_split.shapes,
-    jax.process_index(), jax.process_count(),
-  )  # fmt: skip
-  evaluate = Evaluator(cfg, assets, opened('validation'), mesh)
+  with _naming('data'):
+    train_split, validation_split = opened('train'), opened('validation')
+    batches = pipeline.train_iterator(
+      train_split.examples, train_split.caches, cfg.data, train_split.shapes,
+      jax.process_index(), jax.process_count(),
+    )  # fmt: skip
+  evaluate = Evaluator(cfg, assets, validation_split, mesh)
 
   init = step.make_init(cfg)
   shardings = partitioning.shardings(init, mesh, jax.random.key(0))
@@ -224,6 +241,8 @@ def _run(
   train_step = step.make_train_step(cfg, assets.stats, shardings)
 
   first = int(state.step)
+  if first >= cfg.steps:
+    raise ConfigError(f'steps is {cfg.steps}, but {cfg.continue_from} stands at {first}: raise it')
   count = sum(a.size for a in jax.tree.leaves(state.params))
   say(
     f'train: {cfg.name or workdir.name}: {count / 1e6:.2f} M parameters, {cfg.model.dtype}, '
@@ -266,7 +285,7 @@ def _run(
       settle()
       pending = (at, metrics, batch['index'])
       window.count(batch)
-      if at % cfg.log_every == 0 or at == cfg.steps or at == first + 1:
+      if at % cfg.log_every == 0 or at in (1, cfg.steps):
         settle()
         values = window.close()
         if logger:

@@ -28,7 +28,8 @@ def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedu
   """Linear warm-up, then the configured decay."""
   warmup = min(cfg.warmup, max(steps - 1, 1))
   if cfg.schedule == 'cosine':
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * cfg.final_fraction)
+    end = max(steps, warmup + 1)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end, peak * cfg.final_fraction)
   if cfg.schedule == 'rsqrt':
     return lambda step: peak * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
   return optax.linear_schedule(0.0, peak, warmup)

@@ -95,20 +95,26 @@ def test_samples_follow_the_logits():
     assert kept == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
 
 
+CONTEXT = gating.Context(jnp.zeros(1, int), jnp.zeros(1, int))
+
+
 def test_threshold_opens_above_it():
-  probability = jnp.array([0.0001, 0.3, 0.49, 0.5, 0.51, 0.7, 0.9999])
-  logits = jnp.stack([jnp.zeros(7), jnp.log(probability) - jnp.log1p(-probability)], -1)
-  gates = lambda threshold: gating.decide(logits, threshold, 1.0, None).tolist()
-  assert gates(0.5) == [0, 0, 0, 0, 1, 1, 1]
-  assert gates(0.2) == [0, 1, 1, 1, 1, 1, 1]
-  assert gates(0.8) == [0, 0, 0, 0, 0, 0, 1]
+  probability = np.array([0.0001, 0.3, 0.49, 0.5, 0.51, 0.7, 0.9999])
+  logits = jnp.asarray(np.stack([np.zeros(7), np.log(probability / (1 - probability))], -1))
+  decide = jit(lambda threshold: gating.decide(logits, threshold, CONTEXT, None))
+  assert decide(0.5).tolist() == [0, 0, 0, 0, 1, 1, 1]
+  assert decide(0.2).tolist() == [0, 1, 1, 1, 1, 1, 1]
+  assert decide(0.8).tolist() == [0, 0, 0, 0, 0, 0, 1]
 
 
-def test_with_a_key_gates_are_sampled():
-  logits, key = jnp.zeros((50, 2)), jax.random.key(3)
-  sampled = gating.decide(logits, 0.99, 1.0, key)
-  np.testing.assert_array_equal(sampled, gating.straight_through_gumbel(logits, 1.0, key))
-  assert 0 < float(sampled.mean()) < 1
+def test_with_a_key_gates_are_sampled_unless_the_search_is_over():
+  logits, key = normal(50, 2), jax.random.key(3)
+  decide = jit(
+    lambda search: gating.decide(logits, 0.6, CONTEXT.replace(search=search, temperature=2.0), key)
+  )
+  np.testing.assert_array_equal(decide(True), sample(logits, 2.0, key))
+  np.testing.assert_array_equal(decide(False), jax.nn.softmax(logits)[:, 1] > 0.6)
+  assert np.any(decide(True) != decide(False))
 
 
 @pytest.mark.parametrize('combine', ['concat', 'add'])
@@ -148,8 +154,9 @@ def test_predictor_starts_open():
 def test_masked_mean():
   x = normal(3, 5, 2)
   mask = np.arange(5) < np.array([[5], [2], [0]])
-  got = gating.masked_mean(x, mask)
+  mean = jit(gating.masked_mean)
+  got = mean(x, mask)
   np.testing.assert_allclose(got[0], x[0].mean(0), rtol=1e-5)
   np.testing.assert_allclose(got[1], x[1, :2].mean(0), rtol=1e-5)
   np.testing.assert_array_equal(got[2], [0, 0])
-  assert gating.masked_mean(x.astype(jnp.bfloat16), mask).dtype == jnp.float32
+  assert mean(x.astype(jnp.bfloat16), mask).dtype == jnp.float32

@@ -59,8 +59,9 @@ def test_tempo_keeps_the_whole_utterance():
   """A ramp from 0 to 1 still goes from 0 to 1, as much faster as there are fewer frames."""
   ramp_T = jnp.arange(60) / (FRAMES[:, None] - 1).clip(1)
   x = jnp.broadcast_to(ramp_T[..., None], features().shape)
+  go = run(dataclasses.replace(OFF, tempo=0.2))
   for key in KEYS:
-    y, frames = run(dataclasses.replace(OFF, tempo=0.2))(key, x)
+    y, frames = go(key, x)
     for b in (0, 1, 2, 4):
       row = np.asarray(y[b, : frames[b], 0])
       assert row[0] == 0

@@ -1,0 +1,63 @@
+"""Metrics files that survive kills, and times for people."""
+
+import json
+
+import pytest
+
+from gatedfm.trainers import log
+
+
+def test_rows_that_will_run_again_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  first = log.Log(tmp_path, 0, tensorboard=False)
+  for step in range(1, 6):
+    first.write(step, {'train/loss': 1.0 / step})
+  first.write(4, {'validation/loss': 2.0})
+  first.close()
+  with open(path, 'a') as file:
+    file.write('{"step": 6, "train/lo')
+  assert [r['step'] for r in log.read_metrics(path)] == [1, 2, 3, 4, 5, 4]
+
+  second = log.Log(tmp_path, 4, tensorboard=False)
+  assert [r['step'] for r in log.read_metrics(path)] == [1, 2, 3, 4, 4]
+  second.write(5, {'train/loss': 0.25})
+  second.close()
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [r['step'] for r in rows] == [1, 2, 3, 4, 4, 5]
+  assert rows[-1]['train/loss'] == 0.25
+
+
+def test_no_metrics_yet(tmp_path):
+  assert log.read_metrics(tmp_path / 'metrics.jsonl') == []
+
+
+def test_events_are_written_where_wanted(tmp_path):
+  with_events = log.Log(tmp_path, 0, tensorboard=True)
+  with_events.write(1, {'train/loss': 1.0})
+  with_events.close()
+  assert list((tmp_path / 'events').iterdir())
+
+
+def test_writing_replaces_in_one_step(tmp_path):
+  path = tmp_path / 'a' / 'b.txt'
+  log.write_atomically(path, 'one')
+  log.write_atomically(path, 'two')
+  assert path.read_text() == 'two'
+  assert [p.name for p in path.parent.iterdir()] == ['b.txt']
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'), [(-3, '0:00'), (59.6, '1:00'), (125, '2:05'), (3723, '1:02:03')]
+)
+def test_durations(seconds, text):
+  assert log.duration(seconds) == text
+
+
+def test_clock_leaves_pauses_out_of_the_pace(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(log.time, 'perf_counter', lambda: now[0])
+  clock = log.Clock(step=10, steps=30, seconds=50.0)
+  now[0] += 25
+  clock.pause(5)
+  assert clock.seconds == 75
+  assert clock.eta(20) == 20  # 10 steps in 20 s, 10 to go
