@@ -137,7 +137,7 @@ patterns = st.dictionaries(
 ).map(lambda d: gates_lib.Pattern(tuple((k, tuple(v)) for k, v in d.items())))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(patterns)
 def test_pattern_round_trips(pattern):
   assert gates_lib.parse_pattern(str(pattern)) == pattern

@@ -28,6 +28,11 @@ jit = functools.partial(jax.jit, compiler_options=FAST)
 BATCH, FRAMES, TOKENS, MELS, VOCABULARY = 4, 35, 4, 8, 12
 
 
+def key(seed):
+  """A PRNG key of the kind that compiles fastest."""
+  return jax.random.key(seed, impl='unsafe_rbg')
+
+
 def config(encoder='e_branchformer', gates=None, **changes):
   cfg = SpeechConfig(
     vocab_size=VOCABULARY,

@@ -45,7 +45,7 @@ def _merge_half(d: int, taps: int, rows: int) -> Count:
   return _depthwise(taps, d, rows) + np.array([d * d, rows * d * d])
 
 
-def _sizes(cfg: SpeechConfig, frames: int, tokens: int) -> int:
+def _sizes(frames: int, tokens: int) -> int:
   """Subsampled frames; raises ValueError where there is nothing to count."""
   steps = subsampling.subsampled_length(frames)
   if steps < 1:
@@ -75,7 +75,7 @@ def _predictor(cfg: SpeechConfig, stack: str, layers: int) -> Count:
 
 
 def _rest(cfg: SpeechConfig, frames: int, tokens: int) -> Count:
-  steps, d, v = _sizes(cfg, frames, tokens), cfg.d, cfg.vocab_size
+  steps, d, v = _sizes(frames, tokens), cfg.d, cfg.vocab_size
   half = lambda n: (n - 1) // 2
   c, bands = cfg.subsampling_channels or d, half(half(cfg.mels))
   first = half(frames) * half(cfg.mels)
@@ -118,7 +118,7 @@ def site_costs(
   Raises:
     ValueError: fewer frames than subsampling needs, or a negative number of tokens.
   """
-  steps, d = _sizes(cfg, frames, tokens), cfg.d
+  steps, d = _sizes(frames, tokens), cfg.d
   ffn = _ffn(d, cfg.encoder_ffn, steps)
   attend = _attention(d, steps, steps, steps * steps)
   if cfg.encoder == 'e_branchformer':

@@ -25,6 +25,14 @@ TOKENS = tiny_speech.TOKENS
 ONE = tiny_speech.inputs(batch=1)
 
 
+@functools.cache
+def config_and_params(encoder):
+  """Of the Transformer one layer will do: its decoder is the E-Branchformer's."""
+  few = {} if encoder == 'e_branchformer' else {'encoder_layers': 1, 'decoder_layers': 1}
+  cfg = tiny_speech.config(encoder, **few)
+  return cfg, tiny_speech.random_tree(tiny_speech.shapes(cfg))
+
+
 def everything(model, params, gates, x, frames, tokens, context):
   """Memory, CTC logits, teacher-forced logits, and the same logits decoded step by step."""
   call = functools.partial(model.apply, {'params': params})
@@ -46,8 +54,8 @@ def everything(model, params, gates, x, frames, tokens, context):
 
 @functools.cache
 def traced_program(encoder, execution, gated):
-  cfg = tiny_speech.config(encoder)
-  model, params = for_inference(cfg, tiny_speech.params(encoder), execution)
+  cfg, params = config_and_params(encoder)
+  model, params = for_inference(cfg, params, execution)
   gates = gates_lib.all_open(cfg.all_sites()) if gated else None
   return jax.jit(functools.partial(everything, model)).trace(params, gates, *ONE), params
 
@@ -112,7 +120,7 @@ def test_open_layers_are_dense_bit_for_bit(execution):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_all_open_is_dense_compiled(encoder):
-  gates = gates_lib.all_open(tiny_speech.config(encoder).all_sites())
+  gates = gates_lib.all_open(config_and_params(encoder)[0].all_sites())
   dense = program(encoder, 'mask', gated=False)[0](None)
   mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
   for name in dense:
@@ -123,7 +131,7 @@ def test_all_open_is_dense_compiled(encoder):
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_closing_a_whole_site(encoder):
   """mask = skip, the steps = the sentence, and the closed site is missed."""
-  cfg = tiny_speech.config(encoder)
+  cfg, _ = config_and_params(encoder)
   dense = program(encoder, 'mask', gated=False)[0](None)
   for site in cfg.all_sites():
     gates = closed(cfg, site.name)
@@ -138,7 +146,7 @@ def test_closing_a_whole_site(encoder):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_closing_everything(encoder):
-  cfg = tiny_speech.config(encoder)
+  cfg, _ = config_and_params(encoder)
   gates = closed(cfg, *[s.name for s in cfg.all_sites()])
   mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
   assert_close(mask, skip)
@@ -148,7 +156,7 @@ def test_closing_everything(encoder):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_random_patterns(encoder):
-  cfg = tiny_speech.config(encoder)
+  cfg, _ = config_and_params(encoder)
 
   @settings(max_examples=12, deadline=None, database=None)
   @given(st.integers(0, 10_000))
@@ -165,7 +173,7 @@ def test_random_patterns(encoder):
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_skip_branches_once_a_gate_and_selects_nowhere(encoder):
   """Every closed gate must really be skipped: XLA turns some conditionals into selects."""
-  cfg = tiny_speech.config(encoder)
+  cfg, _ = config_and_params(encoder)
   gates = sum(s.size for s in cfg.all_sites())
   # The program above also projects keys for decoding, and decodes: the decoder once more.
   again = cfg.decoder_layers + sum(s.size for s in cfg.all_sites() if s.stack == 'decoder')
@@ -177,7 +185,7 @@ def test_skip_branches_once_a_gate_and_selects_nowhere(encoder):
   assert ' conditional(' not in program(encoder, 'mask')[1]
 
 
-def test_a_branch_takes_its_own_parameters_alone():
+def test_a_closed_branch_computes_nothing_and_takes_its_own_parameters_alone():
   """What else a conditional took in, the other layers' weights, it would have to copy."""
   traced, params = traced_program('e_branchformer', 'skip', True)
   conds = [e for e in tiny_speech.equations(traced.jaxpr.jaxpr) if e.primitive.name == 'cond']
@@ -185,6 +193,13 @@ def test_a_branch_takes_its_own_parameters_alone():
   most = max(len(jax.tree.leaves(layer[m])) for m in ENCODER_MODULES['e_branchformer'])
   # Beside the parameters: the gate, x, masks, positions, a cache.
   assert max(len(e.invars) for e in conds) <= most + 6
+  for eqn in conds:
+    closed, opened = tiny_speech.jaxprs_of(eqn)
+    products = lambda jaxpr: [
+      e for e in tiny_speech.equations(jaxpr) if e.primitive.name == 'dot_general'
+    ]
+    assert not products(closed)
+    assert products(opened)
 
 
 def test_skip_refuses_gates_that_differ_by_example():

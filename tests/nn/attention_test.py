@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import build, normal
-from tiny_speech import jit
+from tiny_speech import jit, key
 
 from gatedfm.nn import attention
 
@@ -92,7 +92,7 @@ def test_dropout_falls_on_the_weights():
   x = normal(B, T, D)
   module = attention.Attention(HEADS, D, dropout=0.5)
   run, p = build(module, x, None)
-  rngs = {'dropout': jax.random.key(0)}
+  rngs = {'dropout': key(0)}
   dropped = jit(lambda p: module.apply({'params': p}, x, None, deterministic=False, rngs=rngs))(p)
   assert np.abs(dropped - run(p, x, None)).max() > 0.01
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import build, normal
 from tiny_speech import jit
+from tiny_speech import key as random_key
 
 from gatedfm.nn import gating, layers
 
@@ -72,13 +73,13 @@ def test_a_closed_mask_has_no_gradient():
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**30), st.sampled_from([0.1, 1.0, 5.0]))
 def test_straight_through_is_hard_going_forward(seed, temperature):
-  key = jax.random.key(seed)
+  key = random_key(seed)
   logits = normal(64, 2, seed=seed)
   assert set(np.unique(sample(logits, temperature, key))) == {0.0, 1.0}
 
 
 def test_straight_through_has_the_soft_gradient():
-  key, temperature = jax.random.key(1), 0.7
+  key, temperature = random_key(1), 0.7
   logits, weight = normal(20, 2), normal(20, seed=1)
   noise = jax.random.gumbel(key, logits.shape, logits.dtype)
   soft = lambda z: jnp.sum(weight * jax.nn.softmax((z + noise) / temperature)[:, 1])
@@ -91,7 +92,7 @@ def test_straight_through_has_the_soft_gradient():
 def test_samples_follow_the_logits():
   logits = jnp.broadcast_to(jnp.array([0.0, 1.0]), (20_000, 2))
   for temperature in (0.3, 3.0):
-    kept = np.mean(sample(logits, temperature, jax.random.key(0)))
+    kept = np.mean(sample(logits, temperature, random_key(0)))
     assert kept == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
 
 
@@ -108,7 +109,7 @@ def test_threshold_opens_above_it():
 
 
 def test_with_a_key_gates_are_sampled_unless_the_search_is_over():
-  logits, key = normal(50, 2), jax.random.key(3)
+  logits, key = normal(50, 2), random_key(3)
   decide = jit(
     lambda search: gating.decide(logits, 0.6, CONTEXT.replace(search=search, temperature=2.0), key)
   )
@@ -145,7 +146,7 @@ def test_embedding_reads_what_it_claims_and_nothing_else(context, combine):
 def test_predictor_starts_open():
   module = gating.GateMlp(7, (4, 3), open_bias=2.0)
   x = normal(2, 6)
-  logits = jit(lambda: module.apply(module.init(jax.random.key(0), x), x))()
+  logits = jit(lambda: module.apply(module.init(random_key(0), x), x))()
   assert logits.shape == (2, 7, 2)
   np.testing.assert_allclose(logits[..., 1] - logits[..., 0], 2.0, atol=0.3)
   assert (gating.decide(logits, 0.5, 1.0, None) == 1).all()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import build, depthwise, normal
-from tiny_speech import jit
+from tiny_speech import jit, key
 
 from gatedfm.nn import layers
 
@@ -77,7 +77,7 @@ def test_feed_forward_and_its_dropout():
   hidden = np.maximum(x @ p['w_1']['kernel'] + p['w_1']['bias'], 0)
   want = hidden @ p['w_2']['kernel'] + p['w_2']['bias']
   np.testing.assert_allclose(run(p, x), want, rtol=1e-4, atol=1e-4)
-  rngs = {'dropout': jax.random.key(0)}
+  rngs = {'dropout': key(0)}
   dropped = jit(lambda p: module.apply({'params': p}, x, deterministic=False, rngs=rngs))(p)
   assert np.abs(dropped - want).max() > 0.1
 

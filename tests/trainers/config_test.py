@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 
 import pytest
 import tiny_run
@@ -40,6 +41,7 @@ def test_unknown_keys_are_named():
 
 def parse(monkeypatch, *arguments):
   monkeypatch.setenv('TONES', '/tones')
+  monkeypatch.setattr(sys, 'argv', ['train', *arguments])
   values = flags.FlagValues()
   path = str(pathlib.Path(tiny_run.__file__))
   config = config_flags.DEFINE_config_file('config', path, flag_values=values)

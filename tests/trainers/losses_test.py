@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_speech
 
 from gatedfm.trainers import losses
 
@@ -25,13 +26,19 @@ def enumerated(logits_SxV, labels):
   return -np.log(total)
 
 
-def ctc(logits_SxV, frames, labels, width=3):
-  padded = np.zeros((1, width), np.int32)
-  padded[0, : len(labels)] = labels
-  loss_B = losses.ctc_loss(
-    logits_SxV[None], jnp.array([frames]), jnp.asarray(padded), jnp.array([len(labels)])
-  )
-  return loss_B[0]
+@tiny_speech.jit
+@jax.value_and_grad
+def _ctc(logits_SxV, frames, labels_U, length):
+  one = lambda x: jnp.asarray(x)[None]
+  return losses.ctc_loss(one(logits_SxV), one(frames), one(labels_U), one(length))[0]
+
+
+def ctc(logits_SxV, frames, labels):
+  """Loss and its gradient."""
+  padded = np.zeros(3, np.int32)
+  padded[: len(labels)] = labels
+  loss, gradient = _ctc(logits_SxV, frames, padded, len(labels))
+  return loss, np.asarray(gradient)
 
 
 @pytest.mark.parametrize('frames', [3, 5])
@@ -39,7 +46,7 @@ def ctc(logits_SxV, frames, labels, width=3):
 def test_ctc_sums_over_all_alignments(labels, frames):
   logits_SxV = jax.random.normal(jax.random.key(0), (5, 3))
   expected = enumerated(logits_SxV[:frames], labels)
-  np.testing.assert_allclose(ctc(logits_SxV, frames, labels), expected, rtol=1e-5)
+  np.testing.assert_allclose(ctc(logits_SxV, frames, labels)[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +54,14 @@ def test_ctc_sums_over_all_alignments(labels, frames):
 )
 def test_ctc_leaves_out_what_cannot_be_aligned_or_has_no_transcript(labels, frames):
   logits_SxV = jax.random.normal(jax.random.key(1), (5, 3))
-  loss, gradient = jax.value_and_grad(ctc)(logits_SxV, frames, labels)
+  loss, gradient = ctc(logits_SxV, frames, labels)
   assert loss == 0
-  assert not np.asarray(gradient).any()
+  assert not gradient.any()
 
 
 def test_ctc_ignores_what_lies_beyond_the_frames():
   logits_SxV = jax.random.normal(jax.random.key(2), (5, 3))
-  gradient = np.asarray(jax.grad(ctc)(logits_SxV, 3, (1, 2)))
+  _, gradient = ctc(logits_SxV, 3, (1, 2))
   assert gradient[:3].any()
   assert not gradient[3:].any()
 

@@ -1,0 +1,241 @@
+"""The loop around the step: where a run starts from, what it refuses, when it logs and saves."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from gatedfm.data import corpus, pipeline
+from gatedfm.trainers import checkpoints, loop
+from gatedfm.trainers.checkpoints import CheckpointError
+from gatedfm.trainers.config import ConfigError
+
+
+class FakeStep:
+  """Stands in for the compiled step: counts, and keeps what it was given."""
+
+  def __init__(self):
+    self.states, self.batches, self.sigterm_at, self.nan_at = [], [], None, None
+
+  def make(self, *_):
+    return self
+
+  def __call__(self, state, batch, gating_now):
+    self.states.append(jax.device_get(state))
+    self.batches.append(jax.device_get(batch))
+    at = int(state.step) + 1
+    if at == self.sigterm_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return state.replace(step=state.step + 1), {'loss': np.nan if at == self.nan_at else at}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  fake = FakeStep()
+  monkeypatch.setattr(loop.step, 'make_train_step', fake.make)
+  monkeypatch.setattr(loop, 'Evaluator', lambda *_: lambda *_: {'validation/loss': 1.0})
+  return fake
+
+
+@pytest.fixture
+def cfg(tone_data):
+  cfg = tiny_run.dense(tone_data)
+  cfg.steps = 8
+  return cfg
+
+
+def copied(run, tmp_path):
+  shutil.copytree(run, tmp_path / run.name)
+  return tmp_path / run.name
+
+
+def rows(workdir, key='train/loss'):
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {row['step']: row[key] for row in lines if key in row}
+
+
+def content(folder):
+  files = (p for p in Path(folder).rglob('*') if p.is_file())
+  return {p: p.read_bytes() for p in files}
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_from_scratch_then_resuming_its_own(cfg, fake, tmp_path, capsys):
+  """Stopped at a step that is being saved anyway: one checkpoint, not two."""
+  cfg.checkpoint_every = 2
+  fake.sigterm_at = 4
+  with pytest.raises(loop.Stopped) as stopped:
+    loop.train(cfg, tmp_path)
+  assert stopped.value.code == 143
+  out = capsys.readouterr().out
+  assert 'restore: nothing to restore, starting from scratch' in out
+  assert 'SIGTERM: saved step 4; the same command goes on' in out
+  fake.sigterm_at = None
+  before = fake.states[-1]
+  loop.train(cfg, tmp_path)
+  assert 'restore: resuming at step 4' in capsys.readouterr().out
+  assert_equal(fake.states[4].params, before.params)
+  assert len(fake.states) == 8
+  assert list(rows(tmp_path)) == list(range(1, 9))
+  # The data went on where it was: no batch twice.
+  keys = {b['features'].tobytes() for b in fake.batches}
+  assert len(keys) == 8
+  loop.train(cfg, tmp_path)
+  assert 'already trained to step 8' in capsys.readouterr().out
+  assert len(fake.states) == 8
+
+
+def test_continuing_another_run(cfg, fake, dense_run, tmp_path, capsys):
+  cfg.continue_from, cfg.steps = str(dense_run), tiny_run.STEPS + 3
+  fake.sigterm_at = tiny_run.STEPS + 1
+  with pytest.raises(loop.Stopped):
+    loop.train(cfg, tmp_path)
+  assert f'restore: continuing from {dense_run}' in capsys.readouterr().out
+  first = fake.states[0]
+  assert first.step == tiny_run.STEPS
+  assert_equal(first.params, checkpoints.load_params(dense_run))
+  moments = [x for x in jax.tree.leaves(first.opt_state) if x.ndim]
+  assert all(x.any() for x in moments)
+  assets = corpus.Assets.load(dense_run / 'assets')
+  data_dir = Path(cfg.data_dir)
+  split = corpus.open_split(cfg.data, assets, 'train', data_dir)
+  batches = pipeline.train_iterator(split.examples, split.caches, cfg.data, split.shapes)
+  batches.set_state({'next_batch': tiny_run.STEPS})
+  np.testing.assert_array_equal(fake.batches[0]['features'], next(batches)['features'])
+  batches.close()
+  # Now there is a checkpoint of its own, and that comes first.
+  loop.train(cfg, tmp_path)
+  assert f'restore: resuming at step {tiny_run.STEPS + 1}' in capsys.readouterr().out
+
+
+def test_continuing_needs_more_steps(cfg, fake, dense_run, tmp_path):
+  cfg.continue_from, cfg.steps = str(dense_run), tiny_run.STEPS
+  with pytest.raises(ConfigError, match=f'steps is 40, but .*dense stands at {tiny_run.STEPS}'):
+    loop.train(cfg, tmp_path)
+
+
+def test_continuing_another_model_is_refused(cfg, fake, dense_run, tmp_path):
+  cfg.continue_from, cfg.steps, cfg.model.encoder_ffn = str(dense_run), 50, 32
+  with pytest.raises(CheckpointError, match='encoder_ffn|ffn.*model .*32'):
+    loop.train(cfg, tmp_path)
+
+
+def test_starting_from_another_runs_parameters(fake, tone_data, dense_run, tmp_path, capsys):
+  cfg = tiny_run.gated(tone_data, str(dense_run))
+  cfg.steps = 2
+  loop.train(cfg, tmp_path)
+  out = capsys.readouterr().out
+  assert f"restore: parameters of {dense_run}, fresh ['decoder_gates', 'encoder_gates']" in out
+  first, parent = fake.states[0], checkpoints.load_params(dense_run)
+  assert first.step == 0
+  assert set(first.params) - set(parent) == {'decoder_gates', 'encoder_gates'}
+  assert_equal({k: first.params[k] for k in parent}, parent)
+  assert content(tmp_path / 'assets').values()
+  assert list(content(tmp_path / 'assets').values()) == list(content(dense_run / 'assets').values())
+
+
+def test_parameters_that_do_not_fit_are_named(fake, tone_data, dense_run, tmp_path):
+  cfg = tiny_run.gated(tone_data, str(dense_run))
+  cfg.model.decoder_ffn = 24
+  with pytest.raises(CheckpointError, match=r'decoder/layers.*model \(16, 24\)') as error:
+    loop.train(cfg, tmp_path)
+  assert 'gates' not in str(error.value)
+  assert not fake.states
+
+
+@pytest.mark.parametrize('name', ['init_from', 'continue_from'])
+def test_a_parent_that_is_not_there(cfg, tmp_path, name):
+  setattr(cfg, name, str(tmp_path / 'nothing'))
+  with pytest.raises(CheckpointError, match='nothing has no config.json'):
+    loop.train(cfg, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_workdir_of_another_configuration_is_refused(cfg, fake, dense_run, tmp_path):
+  workdir = copied(dense_run, tmp_path)
+  before = content(workdir)
+  cfg.optimizer.peak_lr, cfg.vocab = 0.5, 99
+  with pytest.raises(loop.WorkdirError) as error:
+    loop.train(cfg, workdir)
+  message = str(error.value)
+  for line in ('optimizer.peak_lr: 0.003 -> 0.5', 'vocab: 56 -> 99', 'steps: 40 -> 8'):
+    assert line in message
+  assert 'Choose another --workdir' in message
+  assert content(workdir) == before
+  assert not fake.states
+
+
+def test_operation_may_change(tone_data, fake, dense_run, tmp_path, capsys):
+  workdir = copied(dense_run, tmp_path)
+  cfg = tiny_run.dense(tone_data)
+  cfg.log_every, cfg.eval_every, cfg.keep, cfg.tensorboard, cfg.data.workers = 9, 9, 1, True, 1
+  loop.train(cfg, workdir)
+  assert 'already trained' in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(cfg, fake, tmp_path):
+  cfg.checkpoint_every, fake.nan_at = 3, 6
+  with pytest.raises(FloatingPointError, match=r'step 6: loss is not finite. Batch: train/\d+'):
+    loop.train(cfg, tmp_path)
+  with checkpoints.Checkpoints(tmp_path) as ckpt:
+    assert ckpt.latest == 3
+
+
+def test_logged_values_are_means_and_do_not_depend_on_resumption(cfg, fake, tmp_path):
+  cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.eval_every = 8, 3, 6, 4
+  loop.train(cfg, tmp_path / 'a')
+  expected = {1: 1.0, 3: 2.5, 6: 5.0, 8: 7.5}
+  assert rows(tmp_path / 'a') == expected
+  assert list(rows(tmp_path / 'a', 'validation/loss')) == [4, 8]
+  fake.nan_at = 7
+  with pytest.raises(FloatingPointError):
+    loop.train(cfg, tmp_path / 'b')
+  fake.nan_at = None
+  loop.train(cfg, tmp_path / 'b')
+  assert rows(tmp_path / 'b') == expected
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('vocab', 4000, 'vocab.*too large'),
+    ('vocab', 20, 'vocab.*too small'),
+    ('mesh.data', 3, 'mesh.*does not fit 8 devices'),
+    ('data.task_weights', (1.0,), 'data.*1 task_weights for 3 tasks'),
+    ('data.bucket_frames', (10,), 'data.*bucket_frames'),
+    ('data.tasks', ('asr', 'sing'), 'data.tasks.*sing'),
+    ('steps', 0, 'steps'),
+  ],
+)
+def test_impossible_values_are_refused_before_anything_is_compiled(
+  cfg, fake, tmp_path, field, value, message
+):
+  owner, _, name = field.rpartition('.')
+  setattr(getattr(cfg, owner) if owner else cfg, name, value)
+  with pytest.raises(ConfigError, match=message):
+    loop.train(cfg, tmp_path / 'run')
+  assert not fake.states
+
+
+@pytest.mark.parametrize('gates', [False, True])
+def test_gates_reach_their_target(dense_run, gated_run, gates):
+  """What the sessions' runs logged: dense without sparsity, gated close to its target."""
+  if not gates:
+    assert not rows(dense_run, 'train/sparsity')
+    return
+  train, target = rows(gated_run, 'train/sparsity'), rows(gated_run, 'train/sparsity_target')
+  assert train[1] < 0.25
+  assert target[1] == 0
+  assert target[tiny_run.GATED_STEPS] == tiny_run.TARGET
+  last = np.mean([train[i] for i in range(tiny_run.GATED_STEPS - 15, tiny_run.GATED_STEPS + 1)])
+  assert abs(last - tiny_run.TARGET) < 0.2
+  assert abs(rows(gated_run, 'validation/sparsity')[tiny_run.GATED_STEPS] - tiny_run.TARGET) < 0.25
