@@ -159,9 +159,16 @@ def train(folder, workdir, *arguments, kind='dense'):
   return start(folder, 'train', config, f'--workdir={workdir}', *arguments)
 
 
-def fast_compilation():
-  """Turns XLA's optimisations off in this process; returns what turns them on again."""
-  import jax
+def compile_fast(cache):
+  """Turns XLA's optimisations off in this process, and keeps what takes long to compile.
 
-  jax.config.update('jax_disable_most_optimizations', True)
-  return lambda: jax.config.update('jax_disable_most_optimizations', False)
+  Args:
+    cache: folder of compiled programs; None turns everything back.
+  """
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  jax.config.update('jax_disable_most_optimizations', cache is not None)
+  jax.config.update('jax_compilation_cache_dir', cache and str(cache))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2 if cache else 1.0)
+  compilation_cache.reset_cache()  # it looks at its folder but once

@@ -44,8 +44,8 @@ def parse_task(task: str) -> str:
 
 
 def parse_language(code: str) -> str:
-  """Any ISO 639 code (`fr`, `fra`, `fre`) -> 639-3; '' stays ''."""
-  return languages.iso639_3(code) if code else ''
+  """`fr` or `fra` -> `fra` (ISO 639-3); '' stays ''. Raises DataError on anything else."""
+  return languages.check(languages.BY_CODE.get(code, code)) if code else ''
 
 
 def check(recognizer: Recognizer, task: str, language: str) -> None:

@@ -142,7 +142,7 @@ def test_penalty_pulls_the_sparsity_to_its_target(single):
       )
     seen[target] = float(metrics['sparsity'])
   assert seen[0.8] > 0.6
-  assert seen[0.2] < 0.4
+  assert seen[0.2] < 0.45
 
 
 @pytest.mark.parametrize('count', ['modules', 'macs'])

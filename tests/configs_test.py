@@ -1,0 +1,58 @@
+"""Every configuration file gives something that can be trained."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from gatedfm.evaluation.sweep import SweepConfig
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.config import TrainConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / 'configs').rglob('*.py'))
+
+
+def load(path, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))  # configurations build on each other
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def check(cfg):
+  assert isinstance(cfg, TrainConfig)
+  cfg.validate()
+  assert config_lib.from_dict(TrainConfig, config_lib.to_dict(cfg)) == cfg
+
+
+def test_there_are_configurations():
+  assert {'tiny', 'quickstart', 'full', 'base'} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_configuration(path, monkeypatch):
+  module = load(path, monkeypatch)
+  assert module.__doc__
+  cfg = module.get_config()
+  if isinstance(cfg, SweepConfig):
+    names = list(cfg.points)
+    assert cfg.baseline in names
+    for i, (name, point) in enumerate(cfg.points.items()):
+      check(point)
+      # Parents are trained before their children; gated points have one.
+      assert not point.init_from or point.init_from in names[:i], name
+      assert bool(point.init_from) == point.model.gates.enabled, name
+    points = list(cfg.points.values())
+    assert len({id(p.model) for p in points}) == len(points)
+  else:
+    check(cfg)
+
+
+@pytest.mark.parametrize('size', ['base', 'small', 'medium'])
+def test_sizes(size, monkeypatch):
+  path = ROOT / 'configs' / 'gated_speech' / 'base.py'
+  cfg = load(path, monkeypatch).get_config(size)
+  check(cfg)
+  assert cfg.name.endswith(size)

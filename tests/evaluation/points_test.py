@@ -1,0 +1,188 @@
+"""Trained points from audio to summary and report."""
+
+import collections
+import copy
+import json
+import shutil
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import tiny_run
+
+from gatedfm.analysis import report
+from gatedfm.data import corpus
+from gatedfm.evaluation import points, quality, sweep
+from gatedfm.execution.recognizer import Recognizer
+
+TASKS = ('asr', 'lid', 'st_eng')
+
+
+@pytest.fixture(scope='module')
+def runs(dense_run, gated_run, tmp_path_factory):
+  """Copies of the session's runs, beside which evaluations may be written."""
+  folder = tmp_path_factory.mktemp('points')
+  for run in (dense_run, gated_run):
+    shutil.copytree(run, folder / run.name)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def gated(runs, tone_data, fast_compilation):
+  other = f'manifest:{tone_data}/manifest.jsonl'
+  return points.evaluate(runs / 'gated', 'validation', other), other
+
+
+def outputs(runs, split='validation'):
+  return [json.loads(x) for x in (runs / 'gated' / f'outputs_{split}.jsonl').open()]
+
+
+def test_every_utterance_is_decoded_for_every_task(gated, runs):
+  rows = outputs(runs)
+  seen = collections.Counter((r['id'], r['task']) for r in rows)
+  assert seen == {(f'validation/{i}', task): 1 for i in range(6) for task in TASKS}
+  for r in rows:
+    assert r['language'] == ('fra', 'rus')[int(r['id'][-1]) % 2]
+    assert r['hypothesis'] in ('eng', 'fra', 'rus') or r['task'] != 'lid'
+  spoken = {r['id']: r['reference'] for r in rows if r['task'] == 'asr'}
+  assert set(spoken['validation/0'].split()) <= set(tiny_run.WORDS['fra'])
+
+
+def test_the_scores_are_those_of_the_outputs(gated, runs):
+  result, _ = gated
+  counts = quality.counts(outputs(runs))
+  for name in ('cer', 'wer', 'ctc_cer', 'bleu', 'chrf'):
+    assert result[name] == counts[name].scores()
+    low, high = result['interval'][name]
+    assert low <= high
+  assert sorted(result['cer']) == ['fra', 'mean', 'rus']
+  assert result['lid']['same_source'] == counts['lid'].pooled()
+  confusion = result['lid']['confusion_other_source']
+  assert sum(n for row in confusion.values() for n in row.values()) == 8  # of the test split
+  right = sum(confusion[x].get(x, 0) for x in confusion)
+  assert result['lid']['other_source'] == right / 8
+
+
+def test_the_gate_map_adds_up(gated):
+  result, _ = gated
+  contexts = result['gate_map']['contexts']
+  assert [(c['language'], c['task'], c['utterances']) for c in contexts] == [
+    (language, task, 3) for task in TASKS for language in ('fra', 'rus')
+  ]
+  total = collections.defaultdict(float)
+  for context in contexts:
+    for site, layers in context['open'].items():
+      counted = 3 * np.array(layers)
+      np.testing.assert_allclose(counted, np.round(counted), atol=1e-6)
+      total[site] += counted.sum() / 18
+  sparsity = result['sparsity']
+  assert sparsity['target'] == tiny_run.TARGET
+  assert sparsity['sites'].keys() == total.keys()
+  for site, closed in sparsity['sites'].items():
+    np.testing.assert_allclose(closed, 1 - total[site], atol=1e-6)
+  np.testing.assert_allclose(sparsity['modules'], np.mean(list(sparsity['sites'].values())))
+  assert 0 < sparsity['macs'] < 1
+
+
+def test_an_evaluation_is_reused_while_it_is_fresh(gated, runs, monkeypatch):
+  result, other = gated
+  path = runs / 'gated' / 'evaluation_validation.json'
+  assert json.loads(path.read_text()) == result
+
+  def decode(*_):
+    raise AssertionError('decodes again')
+
+  monkeypatch.setattr(points.quality, 'decode_all', decode)
+  assert points.evaluate(runs / 'gated', 'validation', other) == result
+  with pytest.raises(AssertionError, match='decodes again'):
+    points.evaluate(runs / 'gated', 'validation', '')
+  old = result | {'key': result['key'] | {'step': 1}}
+  path.write_text(json.dumps(old))
+  with pytest.raises(AssertionError, match='decodes again'):
+    points.evaluate(runs / 'gated', 'validation', other)
+  path.write_text(json.dumps(result))
+
+
+def test_gates_can_be_given(runs, tone_data, fast_compilation):
+  """All open: every context says so, and no utterance is left out."""
+  from gatedfm.gates import all_open
+
+  cfg = points.load_train_config(runs / 'gated')
+  assets = corpus.Assets.load(runs / 'gated' / 'assets')
+  data = copy.deepcopy(cfg.data)
+  data.tasks = ('asr',)
+  split = corpus.open_split(data, assets, 'test', tone_data / 'cache')
+  recognizer = Recognizer.load(runs / 'gated', 'mask')
+  gate_map, rows = quality.decode_all(recognizer, split, all_open(cfg.model.sites()))
+  assert len(rows) == 8
+  assert all(set(sum(c['open'].values(), [])) == {1.0} for c in gate_map.contexts())
+
+
+@pytest.fixture(scope='module')
+def swept(runs, tone_data, fast_compilation):
+  """The sweep of the session's runs: their training is done, its processes only recorded."""
+  commands = []
+
+  def run(command):
+    commands.append(command)
+    return types.SimpleNamespace(returncode=0)
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr(subprocess, 'run', run)
+  patch.setattr(sweep.sys, 'argv', ['sweep', '--config=c.py'])
+  patch.setattr(points.loop, 'git_revision', lambda: 'abc')
+  cfg = tiny_run.sweep(tone_data)
+  # A second dense model, as another seed would be.
+  shutil.copytree(runs / 'dense', runs / 'dense_seed1')
+  cfg.points = {'dense': cfg.points['dense'], 'dense_seed1': None, 'gated': cfg.points['gated']}
+  sweep.run(cfg, runs)
+  patch.undo()
+  return commands
+
+
+def test_a_sweep_trains_its_points_in_order(swept):
+  assert [c[-1] for c in swept] == ['--only=dense', '--only=dense_seed1', '--only=gated']
+  assert all(c[1:4] == ['-m', 'gatedfm.sweep', '--config=c.py'] for c in swept)
+
+
+def test_a_sweep_stops_where_a_training_does(tone_data, tmp_path, monkeypatch):
+  failed = lambda _: types.SimpleNamespace(returncode=143)
+  monkeypatch.setattr(subprocess, 'run', failed)
+  with pytest.raises(SystemExit) as stopped:
+    sweep.run(tiny_run.sweep(tone_data), tmp_path)
+  assert stopped.value.code == 143
+
+
+def test_the_summary_compares_points(swept, runs):
+  summary = json.loads((runs / 'summary.json').read_text())
+  assert list(summary['points']) == ['dense', 'dense_seed1', 'gated']
+  assert summary['command'] == 'python -m gatedfm.sweep --config=c.py'
+  assert summary['seeds'] == [0]
+  assert summary['data']['train']['fra']['utterances'] == 12
+  assert sum(row['utterances'] for row in summary['data']['test'].values()) == 8
+  dense, same, gated = summary['points'].values()
+  assert dense['time_ratio'] == 1
+  assert gated['time_ratio'] > 0
+  assert gated['utterances'] == 2 * len(TASKS)
+  assert sorted(gated['time_ratio_by_task']) == sorted(TASKS)
+  assert dense['sparsity']['modules'] == 0
+  assert dense['gate_map'] is None
+  assert gated['macs_per_audio_second'] < dense['macs_per_audio_second']
+  for name, score in same['difference'].items():
+    assert score == {'value': 0, 'low': 0, 'high': 0}, name
+  for name in ('cer', 'chrf'):
+    difference = gated['difference'][name]
+    expected = gated[name]['mean'] - dense[name]['mean']
+    np.testing.assert_allclose(difference['value'], expected, atol=1e-9)
+    assert difference['low'] <= difference['value'] <= difference['high']
+  assert summary['headline']['point'] in ('gated', 'dense_seed1')
+
+
+def test_the_report_takes_the_summary(swept, runs, tmp_path):
+  html = (runs / 'report.html').read_text()
+  report.write_report(runs / 'summary.json', tmp_path / 'report.html')
+  assert (tmp_path / 'report.html').stat().st_size > 10_000
+  for name in ('dense', 'gated', 'svg'):
+    assert name in html
+  assert 'gated' in report.table(json.loads((runs / 'summary.json').read_text()))

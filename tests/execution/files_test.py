@@ -1,0 +1,161 @@
+"""Audio files through a recognizer: rates and channels, what cannot be read, task names."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+import tiny_run
+
+from gatedfm import gates as gates_lib
+from gatedfm.data import audio_io, features
+from gatedfm.data import types as data_types
+from gatedfm.execution import files
+from gatedfm.execution.recognizer import Decoded
+from gatedfm.models.speech_config import ConfigError, SpeechConfig
+
+SITES = SpeechConfig(encoder='transformer', encoder_layers=2, decoder_layers=1)
+
+
+class FakeRecognizer:
+  """Says what it was given, and opens every second gate."""
+
+  cfg = SITES
+  tokenizer = types.SimpleNamespace(tasks=('asr', 'lid', 'st_eng'), languages=('fra', 'rus'))
+
+  def __init__(self, gated=True):
+    self.calls = []
+    values = {s.name: (jnp.arange(s.layers) % 2.0)[:, None] for s in SITES.sites()}
+    self._gates = gates_lib.Gates(values if gated else {})
+
+  def __call__(self, mel, frames, task, languages):
+    self.calls.append((mel, frames, task, languages))
+    return Decoded(tokens=None, ctc=None, language=None, gates=self._gates)
+
+  texts = lambda self, _: ['a text']
+  ctc_texts = lambda self, _: ['a path']
+  languages = lambda self, _: ['rus']
+
+
+def tone(rate, seconds=0.9):
+  time = np.arange(int(rate * seconds)) / rate
+  return 0.2 * np.sin(2 * np.pi * 440 * time) * (1 + np.sin(2 * np.pi * 5 * time))
+
+
+@pytest.fixture
+def stereo(tmp_path):
+  path = tmp_path / 'stereo.wav'
+  audio = tone(44_100)
+  soundfile.write(path, np.stack([1.5 * audio, 0.5 * audio], 1), 44_100)
+  return path
+
+
+def test_other_rates_and_channels_become_16_khz_mono(stereo, tmp_path):
+  fake, plain = FakeRecognizer(), tmp_path / 'plain.wav'
+  soundfile.write(plain, tone(16_000), 16_000)
+  for path in (stereo, plain):
+    files.transcribe(fake, path, 'asr', 'fra')
+  (a, frames, *_), (b, expected, *_) = fake.calls
+  assert a.shape == b.shape == (1, 128, 80)
+  assert abs(int(frames[0]) - int(expected[0])) <= 1
+  np.testing.assert_array_equal(b[0, : expected[0]], features.log_mel(audio_io.load(plain)))
+  assert not a[0, frames[0] :].any()
+  loud = b[0, 5:80] > -6  # where there is sound: the tone and its neighbours
+  np.testing.assert_allclose(a[0, 5:80][loud], b[0, 5:80][loud], atol=0.15)
+
+
+def test_what_a_result_says(stereo):
+  fake = FakeRecognizer()
+  result = files.transcribe(fake, stereo, 'asr', 'fra')
+  assert (result.text, result.language, result.open) == ('a text', 'fra', 2 / 7)
+  assert result.pattern.startswith('encoder/attention:01 encoder/ffn:01 decoder/')
+  assert files.transcribe(fake, stereo, 'asr', 'fra', ctc=True).text == 'a path'
+  dense = files.transcribe(FakeRecognizer(gated=False), stereo, 'asr', 'fra')
+  assert (dense.pattern, dense.open) == ('dense', 1.0)
+
+
+def test_without_a_language_it_is_found_out_first(stereo):
+  fake = FakeRecognizer()
+  assert files.transcribe(fake, stereo, 'st_eng').language == 'rus'
+  assert [(task, languages) for *_, task, languages in fake.calls] == [
+    ('lid', ['']),
+    ('st_eng', ['rus']),
+  ]
+  result = files.transcribe(fake, stereo, 'lid')
+  assert result.text == result.language == 'rus'
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (None, 'no such file'),
+    (b'no audio at all', 'undecodable|ffmpeg'),
+    (np.zeros(100), 'at least 257'),
+    (np.zeros(31 * 16_000), r'31\.0 s of audio.*cut the file'),
+  ],
+)
+def test_files_that_cannot_be_transcribed(tmp_path, content, message):
+  path = tmp_path / 'bad.wav'
+  if isinstance(content, bytes):
+    path.write_bytes(content)
+  elif content is not None:
+    soundfile.write(path, content, 16_000)
+  fake = FakeRecognizer()
+  with pytest.raises(files.FileError, match=message):
+    files.transcribe(fake, path, 'asr', 'fra')
+  assert not fake.calls
+
+
+@pytest.mark.parametrize(
+  ('task', 'name'),
+  [('asr', 'asr'), ('lid', 'lid'), ('st:en', 'st_eng'), ('st:eng', 'st_eng'), ('st_fr', 'st_fra')],
+)
+def test_task_names(task, name):
+  assert files.parse_task(task) == name
+
+
+@pytest.mark.parametrize('task', ['', 'st', 'st:', 'translate:en', 'ASR'])
+def test_wrong_tasks(task):
+  with pytest.raises(ConfigError, match='is not asr, lid or st:LANGUAGE'):
+    files.parse_task(task)
+
+
+def test_languages():
+  assert [files.parse_language(x) for x in ('', 'fr', 'fra')] == ['', 'fra', 'fra']
+  with pytest.raises(data_types.DataError, match='klingon'):
+    files.parse_language('klingon')
+
+
+@pytest.mark.parametrize(
+  ('task', 'language', 'message'),
+  [
+    ('st_fra', 'rus', 'does not do st_fra; it does asr lid st_eng'),
+    ('asr', 'dan', 'does not know dan; it knows fra rus'),
+  ],
+)
+def test_a_model_that_cannot(task, language, message):
+  with pytest.raises(ConfigError, match=message):
+    files.check(FakeRecognizer(), task, language)
+
+
+def test_a_model_that_cannot_identify_languages():
+  fake = FakeRecognizer()
+  fake.tokenizer = types.SimpleNamespace(tasks=('asr',), languages=('fra',))
+  files.check(fake, 'asr', 'fra')
+  with pytest.raises(ConfigError, match='cannot identify languages; give --language'):
+    files.check(fake, 'asr', '')
+
+
+def test_the_command_goes_on_after_a_bad_file(gated_run, tone_data, stereo):
+  test = tone_data / 'test1.wav'
+  arguments = (f'--checkpoint={gated_run}', '--task=st:en', stereo, 'missing.wav', test)
+  out, err = tiny_run.finish(tiny_run.start(tone_data, 'transcribe', *arguments), code=1)
+  assert err.strip().endswith('missing.wav\terror: no such file')
+  lines = out.splitlines()
+  assert [line.split('\t')[0] for line in lines if '\t' in line] == [str(stereo), str(test)]
+  gates = [line for line in lines if ' open ' in line]
+  assert len(gates) == 2
+  for line in gates:
+    pattern = gates_lib.parse_pattern(line.split('%')[1])
+    assert f'open {pattern.open_fraction:.0%}' in line

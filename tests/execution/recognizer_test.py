@@ -1,0 +1,233 @@
+"""Cached greedy decoding against the plain way, both executions, and what is refused."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+import tiny_speech
+
+from gatedfm.execution import recognizer as recognizer_lib
+from gatedfm.execution.recognizer import Recognizer
+from gatedfm.models.speech import SpeechModel
+from gatedfm.nn import gating
+from gatedfm.trainers import step
+
+LENGTHS = np.array([64, 50, 33, 64])
+LANGUAGES = ['fra', 'rus', 'rus', 'fra']
+
+
+@pytest.fixture(scope='module')
+def assets(tone_data):
+  return tiny_run.make_assets(tiny_run.dense(tone_data))
+
+
+@pytest.fixture(scope='module')
+def trained(tone_data, assets):
+  """A gated model of random parameters, whose outputs are long and differ."""
+  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
+  shapes = jax.eval_shape(lambda: step.nn.unbox(step.init_params(cfg, jax.random.key(0))))
+  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
+  for stack in ('encoder_gates', 'decoder_gates'):  # which follow their context
+    mlp = params[stack]['mlp']
+    mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
+  # Texts should end, but not all at once, and follow the speech.
+  output = params['decoder']['output']
+  output['bias'] = output['bias'].at[-2].add(3.0)
+  read = params['decoder']['layers']['layers_0']['cross_attention']['attention']
+  read['value']['kernel'], read['query']['kernel'] = (
+    4 * read['value']['kernel'],
+    4 * read['query']['kernel'],
+  )
+  return cfg, params
+
+
+@pytest.fixture(scope='module')
+def mask(trained, assets, fast_compilation):
+  return Recognizer(*trained, assets, 'mask')
+
+
+@pytest.fixture(scope='module')
+def skip(trained, assets, fast_compilation):
+  return Recognizer(*trained, assets, 'skip')
+
+
+def features(seed=0, frames=LENGTHS):
+  mel = np.random.default_rng(seed).normal(-5, 4, (len(frames), 64, 80)).astype(np.float32)
+  return np.where(np.arange(64)[:, None] < frames[:, None, None], mel, 0), frames.astype(np.int32)
+
+
+def plainly(recognizer, trained, mel, frames, task, languages, length):
+  """Greedy decoding by a whole forward pass for each token; and the first step's logits."""
+  cfg, params = trained
+  t = recognizer.tokenizer
+  context = gating.Context(
+    jnp.array([t.language_id(x) if task != 'lid' else 0 for x in languages]),
+    jnp.full(len(languages), t.task_id(task)),
+  )
+  x = (mel - recognizer.stats.mean) / recognizer.stats.std
+  forward = tiny_speech.jit(
+    lambda tokens: SpeechModel(cfg).apply({'params': params}, x, frames, tokens, context).logits
+  )
+  symbols = [t.blank, t.unk] + [i for i, token in enumerate(t.tokens) if token[0] == '<']
+  barred = [i for i in symbols if i != t.eos]
+  names = [[f'<{x}>', f'<{task}>'] for x in languages]
+  rows = np.full((len(languages), length), t.eos)
+  rows[:, :3] = [[t.sos, *map(t.token_id, row)] for row in names]
+  first = np.asarray(forward(rows))[:, 0]
+  for at in range(2, length - 1):
+    logits = np.array(forward(rows))[:, at]
+    logits[:, barred] = -np.inf
+    ended = (rows[:, 3 : at + 1] == t.eos).any(1)
+    rows[:, at + 1] = np.where(ended, t.eos, logits.argmax(1))
+  return rows[:, 3:], first
+
+
+@pytest.mark.parametrize('task', ['asr', 'st_eng'])
+def test_cached_decoding_equals_whole_forward_passes(mask, trained, task):
+  mel, frames = features()
+  decoded = mask(mel, frames, task, LANGUAGES)
+  length = 3 + 64 // 4
+  expected, _ = plainly(mask, trained, mel, frames, task, LANGUAGES, length)
+  np.testing.assert_array_equal(decoded.tokens, expected)
+  written = (expected != mask.tokenizer.eos).sum(1)
+  assert len(set(written)) > 1
+  assert written.max() > 3
+  assert len(set(map(tuple, expected.tolist()))) > 2
+  texts = mask.texts(decoded)
+  assert texts == [mask.tokenizer.decode(r[:n].tolist()) for r, n in zip(expected, written)]
+
+
+def test_the_language_is_the_best_of_the_first_step(mask, trained):
+  mel, frames = features()
+  t = mask.tokenizer
+  names = mask.languages(mask(mel, frames, 'lid', [''] * 4))
+  _, first = plainly(mask, trained, mel, frames, 'lid', LANGUAGES, 4)
+  ids = [t.token_id(f'<{x}>') for x in t.languages]
+  assert names == [t.languages[i] for i in first[:, ids].argmax(1)]
+  # A language that is named is not read.
+  assert names == mask.languages(mask(mel, frames, 'lid', LANGUAGES))
+
+
+def test_mask_and_skip_write_the_same(mask, skip):
+  patterns, values = set(), set()
+  mel, frames = features()
+  for b, language in enumerate(LANGUAGES[:3]):
+    one = mel[b : b + 1], frames[b : b + 1]
+    for task in ('asr', 'st_eng'):
+      a, c = mask(*one, task, [language]), skip(*one, task, [language])
+      np.testing.assert_array_equal(a.tokens, c.tokens)
+      np.testing.assert_array_equal(a.ctc, c.ctc)
+      jax.tree.map(np.testing.assert_array_equal, a.gates, c.gates)
+      gates = tuple(float(g.item()) for g in jax.tree.leaves(a.gates))
+      patterns.add(gates)
+      values.update(gates)
+  assert len(patterns) > 1
+  assert values == {0.0, 1.0}
+
+
+def test_an_utterance_does_not_depend_on_its_batch(mask):
+  mel, frames = features()
+  whole = mask(mel, frames, 'asr', LANGUAGES)
+  alone = mask(mel[2:3], frames[2:3], 'asr', ['rus'])
+  np.testing.assert_array_equal(alone.tokens[0], whole.tokens[2])
+  np.testing.assert_array_equal(alone.ctc[0], whole.ctc[2])
+  assert not np.asarray(whole.ctc)[2, 8:].any()
+
+
+def test_one_program_per_shape(skip):
+  compiled = []
+  listener = lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else 0
+  mel, frames = features()
+  skip(mel[:1], frames[:1], 'asr', ['fra'])
+  programs = len(skip._programs)
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  for b, task in ((1, 'asr'), (2, 'st_eng'), (3, 'lid')):
+    jax.block_until_ready(skip(mel[b : b + 1], frames[b : b + 1], task, ['rus']))
+  assert not compiled
+  assert len(skip._programs) == programs
+  assert skip.program_bytes() > sum(x.nbytes for x in jax.tree.leaves(skip.params))
+  skip(mel[:1, :48], np.minimum(frames[:1], 48), 'asr', ['fra'])
+  assert compiled
+  assert len(skip._programs) == programs + 1
+
+
+def test_the_number_of_new_tokens_can_be_capped(mask):
+  mel, frames = features()
+  whole, capped = mask(mel, frames, 'asr', LANGUAGES), mask(mel, frames, 'asr', LANGUAGES, None, 2)
+  assert capped.tokens.shape == (4, 2)
+  np.testing.assert_array_equal(capped.tokens, whole.tokens[:, :2])
+
+
+def test_given_gates_override_the_predictor(mask, trained):
+  mel, frames = features()
+  closed = jax.tree.map(jnp.zeros_like, tiny_speech.gates_lib.all_open(trained[0].sites()))
+  decoded = mask(mel, frames, 'asr', LANGUAGES, closed)
+  assert not any(np.asarray(g).any() for g in jax.tree.leaves(decoded.gates))
+  predicted = mask(mel, frames, 'asr', LANGUAGES)
+  assert (np.asarray(decoded.ctc) != np.asarray(predicted.ctc)).any()
+
+
+def test_ctc_paths_collapse(mask):
+  t = mask.tokenizer
+  a, b, c = [i for i, token in enumerate(t.tokens) if token.isalpha()][:3]
+  rows = np.array([[0, a, a, 0, a, b, b, c], [b, 0, 0, 0, 0, 0, 0, 0], [0] * 8])
+  decoded = recognizer_lib.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
+  assert mask.ctc_texts(decoded) == [t.decode([a, a, b, c]), t.decode([b]), '']
+
+
+def test_texts_end_with_their_first_end_token(mask):
+  t = mask.tokenizer
+  words = t.encode('un chat')
+  rows = np.full((3, len(words) + 2), t.eos)
+  rows[0, : len(words)] = words
+  rows[1, :] = (words * 3)[: rows.shape[1]]
+  decoded = recognizer_lib.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
+  assert mask.texts(decoded) == ['un chat', t.decode(rows[1]), '']
+
+
+def test_primers(mask, trained, assets):
+  t = mask.tokenizer
+  name = lambda row: [t.tokens[i] if i >= 0 else None for i in row]
+  assert name(mask.primer('st_eng', ['rus'])[0]) == ['<sos>', '<rus>', '<st_eng>']
+  assert name(mask.primer('lid', [''])[0]) == ['<sos>', None, None]
+  timed = Recognizer(*trained, assets, notimestamps=True)
+  assert name(timed.primer('asr', ['fra'])[0])[-1] == '<notimestamps>'
+  assert timed.primer('lid', ['']).shape == timed.primer('asr', ['fra']).shape
+
+
+def test_symbols_are_never_written(mask):
+  t = mask.tokenizer
+  written = {t.tokens[i] for i in np.flatnonzero(mask._allowed)}
+  assert {token for token in written if token[0] == '<'} == {'<eos>'}
+  assert len(written) == t.vocab_size - sum(token[0] == '<' for token in t.tokens) + 1
+
+
+def test_unknown_languages_and_tasks(mask):
+  mel, frames = features()
+  with pytest.raises(ValueError, match="unknown language 'deu'.*fra rus"):
+    mask(mel, frames, 'asr', ['deu'] * 4)
+  with pytest.raises(ValueError, match="unknown task 'st_fra'.*asr lid st_eng"):
+    mask(mel, frames, 'st_fra', LANGUAGES)
+
+
+def test_buckets():
+  assert [recognizer_lib.bucket(n) for n in (1, 64, 65, 3072)] == [64, 64, 128, 3072]
+  with pytest.raises(ValueError, match=r'30\.7 s of audio.*at most 31 s: cut the file'):
+    recognizer_lib.bucket(3073)
+
+
+def test_loading_a_run(gated_run, tmp_path):
+  loaded = Recognizer.load(gated_run, 'skip')
+  assert loaded.cfg.gates.enabled
+  assert loaded.tokenizer.languages == ('eng', 'fra', 'rus')
+  with pytest.raises(ValueError, match='has no config.json; give the workdir of a training run'):
+    Recognizer.load(tmp_path)
+
+
+def test_configurations_are_left_alone(trained, assets):
+  before = copy.deepcopy(trained[0])
+  Recognizer(*trained, assets, 'skip')
+  assert trained[0] == before

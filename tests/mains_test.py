@@ -1,0 +1,81 @@
+"""The command lines: help with an example, errors without tracebacks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+
+from gatedfm import mains
+from gatedfm.data.types import DataError
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.trainers.checkpoints import CheckpointError
+from gatedfm.trainers.loop import WorkdirError
+
+MAINS = ('train', 'evaluate', 'transcribe', 'sweep')
+
+
+def run(*arguments):
+  environment = os.environ | {'PYTHONPATH': str(tiny_run.ROOT)}
+  command = [sys.executable, '-m', *arguments]
+  return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('name', MAINS)
+def test_help_shows_an_example(name):
+  result = run(f'gatedfm.{name}', '--help')
+  assert f'Example:\n  python -m gatedfm.{name} --' in result.stdout
+  assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('name', MAINS)
+def test_required_flags(name):
+  result = run(f'gatedfm.{name}')
+  assert result.returncode
+  assert 'must have a value other than None' in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+  ('name', 'arguments', 'message'),
+  [
+    ('evaluate', ('--checkpoint=a', '--spilt=test'), 'Unknown command line flag'),
+    ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
+    ('transcribe', ('--checkpoint=a',), 'no audio files given'),
+  ],
+)
+def test_wrong_arguments(name, arguments, message):
+  result = run(f'gatedfm.{name}', *arguments)
+  assert result.returncode
+  assert message in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+  ('task', 'message'), [('sing', 'is not asr, lid or st:LANGUAGE'), ('asr', 'has no config.json')]
+)
+def test_errors_are_one_line(task, message):
+  result = run('gatedfm.transcribe', '--checkpoint=nothing', f'--task={task}', 'a.wav')
+  assert result.returncode == 1
+  assert result.stderr.startswith('error: ')
+  assert message in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'error', [DataError, ConfigError, CheckpointError, WorkdirError, FloatingPointError]
+)
+def test_foreseen_errors(error, monkeypatch, capsys):
+  monkeypatch.delenv('GATEDFM_TRACEBACK', raising=False)
+  with pytest.raises(SystemExit) as stopped, mains.clear_errors():
+    raise error('lower it')
+  assert stopped.value.code == 1
+  assert capsys.readouterr().err == 'error: lower it\n'
+  monkeypatch.setenv('GATEDFM_TRACEBACK', '1')
+  with pytest.raises(error), mains.clear_errors():
+    raise error('lower it')
+
+
+def test_unforeseen_errors_keep_their_traceback():
+  with pytest.raises(ZeroDivisionError), mains.clear_errors():
+    _ = 1 / 0
