@@ -28,9 +28,9 @@ from gatedfm.trainers.config import (
 
 ROOT = Path(__file__).parent.parent
 WORDS = {
-  'fra': 'un chat noir dort ici'.split(),
-  'rus': 'кот спит здесь летом дома'.split(),
-  'eng': 'a cat sleeps here now'.split(),
+  'fra': ['un', 'chat', 'noir', 'dort', 'ici'],
+  'rus': ['кот', 'спит', 'здесь', 'летом', 'дома'],
+  'eng': ['a', 'cat', 'sleeps', 'here', 'now'],
 }
 STEPS, GATED_STEPS = 40, 60
 TARGET = 0.5
