@@ -16,9 +16,7 @@ def test_character_errors_of_each_language_and_their_mean():
   counts = metrics.character_errors(
     ['chat', 'le chien', 'gato'], ['chot', 'le chie', ''], ['fra', 'fra', 'spa']
   )
-  assert counts.scores() == pytest.approx(
-    {'fra': 2 / 12, 'spa': 1.0, 'mean': (2 / 12 + 1) / 2}
-  )
+  assert counts.scores() == pytest.approx({'fra': 2 / 12, 'spa': 1.0, 'mean': (2 / 12 + 1) / 2})
   assert counts.pooled() == pytest.approx(6 / 16)
   assert counts.signature == f'jiwer:{metadata.version("jiwer")}'
 
@@ -128,9 +126,7 @@ def test_paired_difference_sees_what_two_intervals_do_not():
   errors = rng.integers(0, 8, 200)
   baseline = ['x' * n + 'abcdefghij'[n:] for n in errors]
   system = ['x' * (n + 1) + 'abcdefghij'[n + 1 :] for n in errors]
-  counts = [
-    metrics.character_errors(references, h, ['fra'] * 200) for h in (system, baseline)
-  ]
+  counts = [metrics.character_errors(references, h, ['fra'] * 200) for h in (system, baseline)]
   difference = metrics.difference_interval(*counts)
   assert difference.value == pytest.approx(0.1)
   assert difference.low == pytest.approx(0.1)

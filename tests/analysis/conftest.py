@@ -35,9 +35,7 @@ def summary(tmp_path):
     'device': 'cpu: 2 cores',
     'command': 'bash launch/local.sh --note="a < b & c"',
     'data': {
-      'train': {
-        lang: {'utterances': 640 + i, 'hours': 0.26} for i, lang in enumerate(LANGUAGES)
-      },
+      'train': {lang: {'utterances': 640 + i, 'hours': 0.26} for i, lang in enumerate(LANGUAGES)},
       'test': {lang: {'utterances': 80, 'hours': 0.033} for lang in LANGUAGES},
     },
     'points': points,
@@ -52,12 +50,8 @@ def summary(tmp_path):
 def _point(folder, name, target, ratio):
   rng = np.random.default_rng(round(100 * ratio))
   sparsity = target or 0.0
-  languages = {
-    lang: 0.10 + 0.01 * i + 0.2 * sparsity**6 for i, lang in enumerate(LANGUAGES)
-  }
-  directions = {
-    f'{lang}-eng': 18.0 + i - 5 * sparsity**3 for i, lang in enumerate(LANGUAGES)
-  }
+  languages = {lang: 0.10 + 0.01 * i + 0.2 * sparsity**6 for i, lang in enumerate(LANGUAGES)}
+  directions = {f'{lang}-eng': 18.0 + i - 5 * sparsity**3 for i, lang in enumerate(LANGUAGES)}
   with_mean = lambda values: values | {'mean': sum(values.values()) / len(values)}
   workdir = folder / name
   workdir.mkdir()

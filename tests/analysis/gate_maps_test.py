@@ -80,9 +80,7 @@ def test_distances_are_mean_absolute_differences():
 
 @pytest.mark.parametrize('factor', ['task', 'language'])
 def test_one_factor_alone_explains_all(factor):
-  pick = lambda language, task: {'task': task == 'asr', 'language': language == 'fra'}[
-    factor
-  ]
+  pick = lambda language, task: {'task': task == 'asr', 'language': language == 'fra'}[factor]
   gates = _map(
     {
       (language, task): [float(pick(language, task)), 1.0]
@@ -146,20 +144,14 @@ def test_shares_are_those_of_single_utterances(summary):
     return ((gate - design @ np.linalg.pinv(design) @ gate) ** 2).sum()
 
   total = residual()
-  assert shares['task'] == pytest.approx(
-    (residual(languages) - residual(languages, tasks)) / total
-  )
-  assert shares['language'] == pytest.approx(
-    (residual(tasks) - residual(languages, tasks)) / total
-  )
+  assert shares['task'] == pytest.approx((residual(languages) - residual(languages, tasks)) / total)
+  assert shares['language'] == pytest.approx((residual(tasks) - residual(languages, tasks)) / total)
   assert sum(shares.values()) == pytest.approx(1)
   assert abs(shares['shared']) > 0.01
 
 
 def test_a_fixed_mask_is_called_one():
-  gates = _map(
-    {('fra', 'asr'): [1.0, 0.0], ('spa', 'lid'): [1.0, 0.0]}, {('fra', 'asr'): 7}
-  )
+  gates = _map({('fra', 'asr'): [1.0, 0.0], ('spa', 'lid'): [1.0, 0.0]}, {('fra', 'asr'): 7})
   assert set(_shares(gates).values()) == {0.0}
   assert gate_maps.decompose(gates).fixed == pytest.approx(1)
   assert 'always open or always closed' in gate_maps.describe(gates)

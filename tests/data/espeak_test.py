@@ -85,9 +85,7 @@ TEXTS = [
 def test_source_reads_each_text_once_per_voice_and_is_stored(tmp_path, monkeypatch):
   source = espeak.load('train', tmp_path, 'mine', TEXTS, ['fra', 'spa'], voices=2)
   spoken = [(r.language, r.text) for r in source.records]
-  assert (
-    sorted(spoken) == [('fra', 'deux')] * 2 + [('fra', 'un')] * 2 + [('spa', 'uno')] * 2
-  )
+  assert sorted(spoken) == [('fra', 'deux')] * 2 + [('fra', 'un')] * 2 + [('spa', 'uno')] * 2
   assert len({(r.text, r.speaker) for r in source.records}) == 6
   record = source.records[0]
   assert record.translations == {'eng': 'one', 'spa': 'uno'}

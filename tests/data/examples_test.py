@@ -121,6 +121,4 @@ def test_several_sources_and_selection(source, tokens):
   assert sum(built.source == 1) == 4
   chosen = built.select(built.source == 1)
   assert len(chosen) == 4
-  assert tokens.decode(chosen.row(chosen.transcript[0])) == text.normalize(
-    other.records[0].text
-  )
+  assert tokens.decode(chosen.row(chosen.transcript[0])) == text.normalize(other.records[0].text)

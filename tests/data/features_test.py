@@ -98,9 +98,7 @@ def test_equals_torch():
 
 def test_integers_and_floats_agree():
   audio_S = speech_like()
-  np.testing.assert_array_equal(
-    features.log_mel(audio_S), features.log_mel(audio_S / 32_768)
-  )
+  np.testing.assert_array_equal(features.log_mel(audio_S), features.log_mel(audio_S / 32_768))
 
 
 @pytest.mark.parametrize('num_samples', [257, 319, 320, 321, 4_000])
@@ -125,9 +123,7 @@ def test_bad_audio(audio, message):
 
 
 def test_stats_equal_numpy_over_all_frames(tmp_path):
-  parts = [
-    np.random.default_rng(n).normal(5, 3, (n, 80)).astype(np.float32) for n in (3, 40)
-  ]
+  parts = [np.random.default_rng(n).normal(5, 3, (n, 80)).astype(np.float32) for n in (3, 40)]
   stats = features.FeatureStats.of(iter(parts))
   stacked = np.concatenate(parts).astype(np.float64)
   np.testing.assert_allclose(stats.mean, stacked.mean(0), rtol=1e-6)

@@ -22,9 +22,7 @@ def root(tmp_path):
       rows = []
       for i, text in sentences.items():
         soundfile.write(folder / f'{split}{i}.wav', np.full(8000, 0.1), 16_000)
-        rows.append(
-          '\t'.join([i, f'{split}{i}.wav', text, text.lower(), 'x | y', '8000', 'MALE'])
-        )
+        rows.append('\t'.join([i, f'{split}{i}.wav', text, text.lower(), 'x | y', '8000', 'MALE']))
       (tmp_path / name / f'{split}.tsv').write_text('\n'.join(rows) + '\n', 'utf-8')
   return tmp_path
 

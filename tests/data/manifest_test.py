@@ -154,8 +154,7 @@ def test_lines_that_share_a_text_or_a_translation_stand_in_one_split(folder):
   lines += [GOOD | {'audio': 'b.wav', 'text': f'phrase {i}'} for i in range(100)]
   spanish = {'audio': 'c.flac', 'language': 'spa'}
   lines += [
-    spanish | {'text': f'frase {i}', 'translation': {'fra': f'Phrase {i}'}}
-    for i in range(100)
+    spanish | {'text': f'frase {i}', 'translation': {'fra': f'Phrase {i}'}} for i in range(100)
   ]
   report = manifest.check(write(folder, *lines), folder / 'cache')
   names = [entry.split for entry in report.entries]

@@ -171,9 +171,7 @@ def test_batches_hold_what_the_examples_say(data):
       record = data.sources[data.examples.source[e]].records[data.examples.utterance[e]]
       audio_S = data.sources[data.examples.source[e]].audio(data.examples.utterance[e])
       frames = batch['frames'][b]
-      np.testing.assert_array_equal(
-        batch['features'][b, :frames], features.log_mel(audio_S)
-      )
+      np.testing.assert_array_equal(batch['features'][b, :frames], features.log_mel(audio_S))
       assert not batch['features'][b, frames:].any()
       task = TASKS[batch['task'][b]]
       tasks.add(task)

@@ -48,9 +48,7 @@ def test_auto_prefers_human_speech(apt, expected, tmp_path, monkeypatch):
 
 def test_manifest_by_path_with_options_and_description(tmp_path):
   soundfile.write(tmp_path / 'a.wav', np.full(36_000, 0.1), 16_000)
-  lines = [
-    {'audio': 'a.wav', 'language': code, 'split': 'train'} for code in ('fra', 'deu')
-  ]
+  lines = [{'audio': 'a.wav', 'language': code, 'split': 'train'} for code in ('fra', 'deu')]
   path = tmp_path / 'my data.jsonl'
   path.write_text('\n'.join(map(json.dumps, [*lines, lines[0]])), encoding='utf-8')
   source = sources.load(f'manifest:{path}', 'train', tmp_path)
@@ -67,9 +65,7 @@ def test_manifest_by_path_with_options_and_description(tmp_path):
 
 
 CONTENT = b'a package'
-PACKAGE = fetch.DebianPackage(
-  'data', '1.0-1', hashlib.sha256(CONTENT).hexdigest(), megabytes=1
-)
+PACKAGE = fetch.DebianPackage('data', '1.0-1', hashlib.sha256(CONTENT).hexdigest(), megabytes=1)
 
 
 @pytest.fixture

@@ -81,9 +81,7 @@ def randomise(module, seed: int) -> None:
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, p in module.named_parameters():
-      scale = (
-        0.2 if p.dim() == 1 else (p.shape[-1] if p.dim() == 2 else p[0].numel()) ** -0.5
-      )
+      scale = 0.2 if p.dim() == 1 else (p.shape[-1] if p.dim() == 2 else p[0].numel()) ** -0.5
       p.normal_(0, scale, generator=generator)
       if 'norm' in name and name.endswith('weight'):
         p.add_(1)
@@ -189,9 +187,7 @@ def test_subsampling_and_positions(pair, frames):
   ours = subsampling.add_positions(
     apply(subsampling.Conv2dSubsampling(D, D), pair.params['subsample'], x)
   )
-  theirs, their_mask = pair.theirs.encoder.embed(
-    torch.tensor(x), torch.tensor(mask)[:, None]
-  )
+  theirs, their_mask = pair.theirs.encoder.embed(torch.tensor(x), torch.tensor(mask)[:, None])
   assert ours.shape[1] == subsampling.subsampled_length(frames)
   np.testing.assert_array_equal(subsampling.subsampled_mask(mask), their_mask[:, 0])
   # Positions join `x * sqrt(D)`, of order 7 here; the tolerance is for outputs of order 1.
@@ -259,9 +255,7 @@ def test_decoder_with_cache(pair, encoded, decoded):
   tokens, valid, theirs = decoded
   model, params = speech.for_inference(pair.cfg, pair.params)
   caches = apply(model, params, encoded[0], 12, method='start')
-  step = jax.jit(
-    lambda *args: model.apply({'params': params}, *args, encoded[0], method='step')
-  )
+  step = jax.jit(lambda *args: model.apply({'params': params}, *args, encoded[0], method='step'))
   ours = []
   for i in range(tokens.shape[1]):
     logits, caches = step(tokens[:, i], i, caches)
@@ -299,9 +293,7 @@ def test_whole_loss_and_its_gradient(pair):
     parts = ctc.sum() / heard.sum(), att.sum() / 3
     return CTC_WEIGHT * parts[0] + (1 - CTC_WEIGHT) * parts[1], parts
 
-  (total, (ctc, att)), slopes = jax.jit(jax.value_and_grad(hybrid, has_aux=True))(
-    pair.params
-  )
+  (total, (ctc, att)), slopes = jax.jit(jax.value_and_grad(hybrid, has_aux=True))(pair.params)
   np.testing.assert_allclose(ctc, stats['loss_ctc'], rtol=1e-5)
   np.testing.assert_allclose(att, stats['loss_att'], rtol=1e-5)
   np.testing.assert_allclose(total, loss.item(), rtol=1e-5)
@@ -328,9 +320,7 @@ def test_ctc_loss_and_gradient():
   assert (theirs[:3] > 5).all()
   np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-5)
   total = lambda logits: losses.ctc_loss(logits, frames, labels, counts).sum()
-  np.testing.assert_allclose(
-    jax.jit(jax.grad(total))(logits), given.grad, rtol=0, atol=1e-5
-  )
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(logits), given.grad, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -340,9 +330,7 @@ def test_label_smoothing_loss_and_gradient(smoothing):
   targets[1, 4:] = -1
   targets[2, :2] = -1
   given = torch.tensor(logits, requires_grad=True)
-  theirs = label_smoothing_loss.LabelSmoothingLoss(V, -1, smoothing)(
-    given, torch.tensor(targets)
-  )
+  theirs = label_smoothing_loss.LabelSmoothingLoss(V, -1, smoothing)(given, torch.tensor(targets))
   theirs.backward()
   total = lambda logits: losses.attention_loss(logits, targets, smoothing).sum() / 3
   np.testing.assert_allclose(total(logits), theirs.item(), rtol=1e-5)

@@ -49,9 +49,7 @@ def test_ctc_sums_over_all_alignments(labels, frames):
   np.testing.assert_allclose(ctc(logits_SxV, frames, labels)[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ('labels', 'frames'), [((1, 2), 1), ((1, 1), 2), ((2, 1, 1), 3), ((), 5)]
-)
+@pytest.mark.parametrize(('labels', 'frames'), [((1, 2), 1), ((1, 1), 2), ((2, 1, 1), 3), ((), 5)])
 def test_ctc_leaves_out_what_cannot_be_aligned_or_has_no_transcript(labels, frames):
   logits_SxV = jax.random.normal(jax.random.key(1), (5, 3))
   loss, gradient = ctc(logits_SxV, frames, labels)

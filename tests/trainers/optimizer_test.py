@@ -86,9 +86,7 @@ def update(name, gradient, **changes):
 @pytest.mark.parametrize('name', ['muon', 'adamw'])
 def test_kernels_of_the_model_alone_decay(name):
   updates = update(name, jnp.zeros_like, peak_lr=0.1, weight_decay=0.5)
-  np.testing.assert_allclose(
-    updates['ffn']['kernel'], -0.05 * params()['ffn']['kernel'], rtol=1e-5
-  )
+  np.testing.assert_allclose(updates['ffn']['kernel'], -0.05 * params()['ffn']['kernel'], rtol=1e-5)
   assert not updates['ffn']['bias'].any()
   assert not any(u.any() for u in jax.tree.leaves(updates['encoder_gates']))
 

@@ -137,9 +137,7 @@ def test_penalty_pulls_the_sparsity_to_its_target(single):
   for target in (0.8, 0.2):
     state = single.start()
     for _ in range(25):
-      state, metrics = single(
-        state, batch(), 1, target=np.float32(target), weight=np.float32(1e4)
-      )
+      state, metrics = single(state, batch(), 1, target=np.float32(target), weight=np.float32(1e4))
     seen[target] = float(metrics['sparsity'])
   assert seen[0.8] > 0.6
   assert seen[0.2] < 0.45
