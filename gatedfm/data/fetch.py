@@ -14,8 +14,6 @@ from pathlib import Path
 
 from gatedfm.data.types import DataError
 
-_SNAPSHOT = 'https://snapshot.debian.org/package'
-
 
 class FetchError(DataError):
   """A package could not be fetched; the message names it and the mend."""
@@ -80,7 +78,7 @@ def fetch(package: DebianPackage, downloads: Path) -> Path:
   if not has_apt():
     raise FetchError(
       f'cannot fetch {package.name} {package.version}: apt-get and dpkg-deb are not'
-      f' installed here. Put {package.file_name} (from {_SNAPSHOT}/{package.name}) into'
+      f' installed here. Put {package.file_name} (a package of Debian) into'
       f" {downloads}, or use the source 'espeak', which needs no download"
     )
   downloads.mkdir(parents=True, exist_ok=True)
@@ -142,7 +140,7 @@ def _apt_download(package: DebianPackage, folder: Path) -> Path:
   if not found:
     raise FetchError(
       f'apt-get cannot download {package.name} {package.version}: run `apt-get update` as'
-      f' root and try again, or put {package.file_name} (from {_SNAPSHOT}/{package.name})'
+      f' root and try again, or put {package.file_name} (a package of Debian)'
       f' into {folder.parent}. apt-get said: {errors[-1]}'
     )
   return next(folder.glob(f'{package.name}_*.deb'))
