@@ -135,7 +135,7 @@ def test_root_refreshes_the_lists_by_itself(apt, tmp_path, monkeypatch):
 
 def test_without_apt_the_package_and_the_way_out_are_named(tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
-  with pytest.raises(fetch.FetchError, match=r"data 1\.0-1: .*snapshot.*'espeak'"):
+  with pytest.raises(fetch.FetchError, match=r"data 1\.0-1: .*package of Debian.*'espeak'"):
     fetch.fetch(PACKAGE, tmp_path / 'downloads')
 
 
