@@ -32,7 +32,7 @@ WORDS = {
   'rus': ['кот', 'спит', 'здесь', 'летом', 'дома'],
   'eng': ['a', 'cat', 'sleeps', 'here', 'now'],
 }
-STEPS, GATED_STEPS = 40, 60
+STEPS, GATED_STEPS = 32, 50
 TARGET = 0.5
 # Half the compilation time, for the same program.
 FAST = (
@@ -78,7 +78,7 @@ def dense(folder):
     vocab=56,
     log_every=1,
     eval_every=STEPS // 2,
-    checkpoint_every=4,
+    checkpoint_every=8,
     keep=3,
     tensorboard=False,
     data_dir=f'{folder}/cache',
@@ -114,7 +114,7 @@ def gated(folder, parent='dense'):
 def sweep(folder):
   """Both."""
   points = {'dense': dense(folder), 'gated': gated(folder)}
-  return SweepConfig(points=points, timed=2, rounds=2, longest=128)
+  return SweepConfig(points=points, timed=2, rounds=2, longest=64)
 
 
 def get_config(kind='dense'):

@@ -140,11 +140,12 @@ def _restore(
         ) from None
     say(f'restore: continuing from {cfg.continue_from}')
     return state, progress
-  state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
-  if cfg.init_from:
+  if cfg.init_from:  # refused, if it must be, before anything is compiled
     loaded = checkpoints.load_params(
       Path(cfg.init_from), abstract.params, ' '.join(optimizer.GATE_MODULES)
     )
+  state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
+  if cfg.init_from:
     fresh = sorted(set(state.params) - set(loaded))
     state = state.replace(params=state.params | loaded)
     say(f'restore: parameters of {cfg.init_from}' + (f', fresh {fresh}' if fresh else ''))

@@ -45,7 +45,8 @@ def values(workdir):
 def test_killed_and_stopped_runs_end_like_an_uninterrupted_one(tone_data, dense_run, tmp_path):
   workdir = tmp_path / 'run'
   begin = lambda: tiny_run.train(tone_data, workdir)
-  killed_at = random.SystemRandom().randrange(9, 21)  # saves at 4 and 8 are complete by then
+  # The save of step 8 is complete where that of step 16 has begun.
+  killed_at = random.SystemRandom().randrange(17, 23)
   note = f'killed after step {killed_at}'
   process = begin()
   code, _, err = stop(process, killed_at, signal.SIGKILL)
@@ -55,7 +56,7 @@ def test_killed_and_stopped_runs_end_like_an_uninterrupted_one(tone_data, dense_
   assert first[-1] < tiny_run.STEPS, note
 
   process = begin()
-  stopped_at = killed_at + 6
+  stopped_at = killed_at + 5
   code, out, err = stop(process, stopped_at, signal.SIGTERM)
   assert code == 143, f'{note}\n{out}\n{err}'
   saved = steps_saved(workdir)[-1]

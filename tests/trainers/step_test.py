@@ -59,13 +59,13 @@ class Trainer:
     with partitioning.activate(self.mesh):
       init = step.make_init(cfg)
       self.shardings = partitioning.shardings(init, self.mesh, jax.random.key(0))
+      self._shapes = jax.eval_shape(step.unboxed(init), jax.random.key(0))
       self._step = step.make_train_step(cfg, STATS, self.shardings)
     self._compiled = None
 
   def start(self):
     """A state of random parameters, without compiling an initialiser."""
-    init = step.unboxed(step.make_init(self.cfg))
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = self._shapes
     params = tiny_speech.random_tree(shapes.params, scale=0.1)
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     state = step.TrainState(zeros(shapes.step), params, zeros(shapes.opt_state))
