@@ -35,6 +35,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: Path, keep: int = 2):
+    self._workdir = workdir
     self._manager = ocp.training.Checkpointer(
       (workdir / FOLDER).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -57,7 +58,13 @@ class Checkpoints:
       self._manager.save_checkpointables_async(step, {'state': state, 'progress': progress})
 
   def load(self, abstract_state: Any) -> tuple[Any, dict[str, float]]:
-    """The newest state, laid out as `abstract_state` says, and progress."""
+    """The newest state, laid out as `abstract_state` says, and progress.
+
+    Raises:
+      CheckpointError: model or optimizer are others, with every array that does not fit.
+    """
+    saved = self._manager.checkpointables_metadata(self.latest).metadata['state']
+    _check(self._workdir, abstract_state, saved)
     out = self._manager.load_checkpointables(
       self.latest, {'state': abstract_state, 'progress': _abstract_progress()}
     )
@@ -95,6 +102,14 @@ def _mismatches(want: dict[str, tuple], have: dict[str, tuple], optional: str) -
       yield f'{name}: model {want[name]}, checkpoint {have[name]}'
 
 
+def _check(workdir: Path, abstract: Any, saved: Any, optional: str = '') -> None:
+  wrong = list(_mismatches(_paths(abstract), _paths(saved), optional))
+  if wrong:
+    raise CheckpointError(
+      f'{len(wrong)} arrays of {workdir} do not fit the model:\n  ' + '\n  '.join(wrong)
+    )
+
+
 def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   """The parameters of a workdir's newest checkpoint.
 
@@ -119,11 +134,7 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   if abstract is None:
     target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
   else:
-    wrong = list(_mismatches(_paths(abstract), _paths(saved), optional))
-    if wrong:
-      raise CheckpointError(
-        f'{len(wrong)} parameters of {workdir} do not fit the model:\n  ' + '\n  '.join(wrong)
-      )
+    _check(workdir, abstract, saved, optional)
     target = {k: v for k, v in abstract.items() if k in saved}
   context = ocp.Context()
   context.pytree.loading.partial_load = True

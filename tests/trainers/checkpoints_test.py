@@ -54,6 +54,12 @@ def test_an_unfinished_save_is_no_checkpoint(workdir, tmp_path):
   np.testing.assert_array_equal(checkpoints.load_params(copy)['ffn']['kernel'], 8)
 
 
+def test_a_state_of_another_optimizer_is_refused(workdir):
+  abstract = jax.eval_shape(lambda: state(0) | {'momentum': jnp.ones(2)})
+  with Checkpoints(workdir) as ckpt, pytest.raises(CheckpointError, match=r'momentum \(2,\): not'):
+    ckpt.load(abstract)
+
+
 def test_parameters_alone(workdir):
   loaded = checkpoints.load_params(workdir)
   jax.tree.map(np.testing.assert_array_equal, loaded, state(8)['params'])
@@ -77,7 +83,7 @@ def test_mismatches_are_all_listed(workdir):
   with pytest.raises(CheckpointError) as error:
     checkpoints.load_params(workdir, abstract, 'encoder_gates')
   message = str(error.value)
-  assert message.startswith(f'4 parameters of {workdir} do not fit')
+  assert message.startswith(f'4 arrays of {workdir} do not fit')
   for line in (
     'ffn/kernel: model (2, 4), checkpoint (2, 3)',
     'ffn/bias (4,): not in the checkpoint',
