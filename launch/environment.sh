@@ -3,6 +3,29 @@
 # GATEDFM_PYTHON chooses the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# tcmalloc, where apt-get has it: glibc hands buffers of tens of megabytes back to the system after
+# every step and has them zeroed anew, which costs a training step on CPU a third of its time.
+allocator() {
+  local folder=.venv/allocator package library
+  if [ "$(uname -s)" != Linux ] || [ -n "${LD_PRELOAD:-}" ]; then return; fi
+  if [ ! -e "$folder" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
+    mkdir -p "$folder"
+    if [ "$(id -u)" = 0 ] && ! ls /var/lib/apt/lists/*Packages* >/dev/null 2>&1; then
+      apt-get update -qq || true
+    fi
+    for package in libtcmalloc-minimal4t64 libtcmalloc-minimal4; do
+      (cd "$folder" && apt-get download -qq "$package" && dpkg-deb -x "$package"_*.deb .) \
+        >/dev/null 2>&1 && break
+    done
+  fi
+  library=$(find "$PWD/$folder" /usr/lib -name 'libtcmalloc_minimal.so.4' -print -quit 2>/dev/null || true)
+  if [ -n "$library" ]; then
+    export LD_PRELOAD="$library"
+  else
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+  fi
+}
+
 install() {
   local python="${GATEDFM_PYTHON:-python3}" file stamp
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -26,6 +49,7 @@ install() {
       touch "$stamp"
     fi
   done
+  allocator
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
   export PATH="$PWD/.venv/bin:$PATH"
 }

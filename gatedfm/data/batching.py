@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from gatedfm.data.pipeline import DataConfig
 
 _MULTIPLE = 8  # of frames, tokens and labels in a shape
+_USUAL = 95  # percentile of the texts of a bucket that its shape has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Shape:
 
 def _round_up(value: int) -> int:
   return -(-int(value) // _MULTIPLE) * _MULTIPLE
+
+
+def _usual(sizes: np.ndarray) -> int:
+  return np.percentile(sizes, _USUAL, method='higher')
 
 
 def _boundaries(frames: np.ndarray, num_buckets: int) -> list[int]:
@@ -62,7 +67,9 @@ def batch_shapes(
 ) -> tuple[Shape, ...]:
   """Shapes that hold every example of `sets`, shortest first; at most one per bucket.
 
-  An example fits its own bucket and every later one: tokens and labels never shrink.
+  Tokens and labels have room for the usual texts of a bucket's lengths, not for the longest,
+  which would pad all others threefold: an unusually long text moves up to a later bucket. An
+  example fits every later bucket too, since tokens and labels never shrink; the last holds all.
 
   Args:
     sets: all examples that will use the shapes, training and evaluation.
@@ -82,9 +89,10 @@ def batch_shapes(
       f'bucket_frames {config.bucket_frames} must increase and reach the longest '
       f'utterance of {frames.max()} frames; or set max_frames to leave that one out'
     )
-  shapes = []
+  shapes: list[Shape] = []
   for low, high in zip([0, *boundaries], boundaries):
-    if not ((low < frames) & (frames <= high)).any():
+    mine = (low < frames) & (frames <= high)
+    if not mine.any():
       continue
     batch = config.batch_size or config.batch_frames // high
     batch -= batch % batch_multiple
@@ -94,15 +102,10 @@ def batch_shapes(
         f'fit batch_size {config.batch_size} or batch_frames {config.batch_frames} at '
         f'{high} frames: raise it to a multiple, or shorten max_frames'
       )
-    fits = frames <= high
-    shapes.append(
-      Shape(
-        batch,
-        high,
-        _round_up(tokens[fits].max()),
-        max(_MULTIPLE, _round_up(labels[fits].max())),
-      )
-    )
+    before = shapes[-1] if shapes else Shape(0, 0, _MULTIPLE, _MULTIPLE)
+    last = high == boundaries[-1]
+    room = [_round_up(x.max() if last else _usual(x[mine])) for x in (tokens, labels)]
+    shapes.append(Shape(batch, high, max(before.tokens, room[0]), max(before.labels, room[1])))
   return tuple(shapes)
 
 

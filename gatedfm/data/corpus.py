@@ -90,8 +90,13 @@ def open_split(
   skip_bad: bool = False,
   say: Callable[[str], None] = print,
 ) -> Split:
-  """Opens a split, makes its examples and says what was left out, and why."""
+  """Opens a split, makes its examples and says what was left out, and why.
+
+  The training split has the sources of `config.extra` too.
+  """
   opened = open_sources(config, split, data_dir, skip_bad)
+  if split == 'train':
+    opened += [sources.load(spec, split, data_dir, skip_bad) for spec in config.extra]
   caches = open_features(opened, data_dir)
   examples, skipped = pipeline.build_examples(opened, assets.tokenizer, config)
   shapes = pipeline.batch_shapes([examples], config, batch_multiple)

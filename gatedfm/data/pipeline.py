@@ -32,6 +32,8 @@ class DataConfig:
 
   Attributes:
     sources: specs for `gatedfm.data.sources.load`.
+    extra: specs of sources that are trained on and never scored, synthetic speech for one;
+      tokenizer and feature statistics come from `sources` alone.
     tasks: 'asr', 'lid', 'st_xxx'.
     task_weights: times that an epoch sees each example of a task; () = once.
     batch_frames: B · T of a batch at most, over all hosts.
@@ -47,6 +49,7 @@ class DataConfig:
   """
 
   sources: tuple[str, ...] = ('auto',)
+  extra: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ('asr', 'lid', 'st_eng')
   task_weights: tuple[float, ...] = ()
   batch_frames: int = 16_000

@@ -16,6 +16,7 @@ KNOWN = {
   'asterisk': 'studio prompts for language identification, split test only (Debian)',
   'espeak': 'synthetic speech of names and numbers; needs no download',
   'espeak:stamps': 'synthetic voices that read the texts of stamps',
+  'espeak:phrases': 'synthetic voices that read random common words; text as much as one wants',
   'manifest:PATH': "a JSONL manifest of one's own data",
   'auto': 'stamps where apt-get exists, espeak elsewhere',
 }
@@ -136,6 +137,21 @@ def _espeak_stamps(
   return espeak.load(split, data_dir, 'espeak:stamps', texts, languages, voices, seed)
 
 
+def _espeak_phrases(
+  split: str,
+  data_dir: Path,
+  *,
+  languages: tuple = LANGUAGES,
+  number: int = 1000,
+  voices: int = 1,
+  seed: int = 0,
+) -> Source:
+  from gatedfm.data import espeak, phrases
+
+  texts = phrases.phrases(languages, number)
+  return espeak.load(split, data_dir, 'espeak:phrases', texts, languages, voices, seed)
+
+
 def _manifest(
   split: str,
   data_dir: Path,
@@ -155,4 +171,5 @@ _OPENERS = {
   'asterisk': _asterisk,
   'espeak': _espeak,
   'espeak:stamps': _espeak_stamps,
+  'espeak:phrases': _espeak_phrases,
 }

@@ -24,7 +24,7 @@ from gatedfm import metrics
 from gatedfm.data import corpus, sources
 from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
-from gatedfm.execution.recognizer import Recognizer
+from gatedfm.execution.recognizer import CTC_WEIGHT, Recognizer
 from gatedfm.models import speech_costs
 from gatedfm.trainers import checkpoints, log, loop
 from gatedfm.trainers import config as config_lib
@@ -51,7 +51,13 @@ def _splits(
   return out
 
 
-def evaluate(workdir: Path, split: str = 'test', other: str = '', data_dir: str = '') -> dict:
+def evaluate(
+  workdir: Path,
+  split: str = 'test',
+  other: str = '',
+  data_dir: str = '',
+  ctc_weight: float = CTC_WEIGHT,
+) -> dict:
   """Quality, gates and costs of a point on a split, from `evaluation.json` where it is fresh.
 
   Args:
@@ -59,16 +65,17 @@ def evaluate(workdir: Path, split: str = 'test', other: str = '', data_dir: str 
     split: of the training sources; `test` reports once, `validation` may choose.
     other: source spec for language identification on another source than the trained one.
     data_dir: where data is prepared.
+    ctc_weight: of CTC in joint decoding of transcripts.
   """
   path = workdir / f'evaluation_{split}.json'
   with checkpoints.Checkpoints(workdir) as ckpt:
-    key = {'step': ckpt.latest, 'split': split, 'other': other}
+    key = {'step': ckpt.latest, 'split': split, 'other': other, 'ctc_weight': ctc_weight}
   if path.exists():
     saved = json.loads(path.read_text())
     if saved['key'] == key:
       return saved
   cfg = load_train_config(workdir)
-  recognizer = Recognizer.load(workdir, 'mask')
+  recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
   assets = corpus.Assets.load(workdir / loop.ASSETS)
   folder = Path(data_dir or cfg.data_dir) if data_dir or cfg.data_dir else None
   opened = _splits(cfg, assets, split, other, folder or sources.default_data_dir())
@@ -147,6 +154,7 @@ def summarize(
   other: str = '',
   split: str = 'test',
   data_dir: str = '',
+  ctc_weight: float = CTC_WEIGHT,
   number: int = 40,
   rounds: int = 5,
   longest: int = 256,
@@ -156,18 +164,18 @@ def summarize(
   Args:
     points: trained workdirs by name.
     baseline: the point that ratios and differences refer to.
-    other, split, data_dir: see `evaluate`.
+    other, split, data_dir, ctc_weight: see `evaluate`.
     number, rounds, longest: utterances per task, passes and longest frames for timing.
   """
   quality_of = {}
   for name, path in points.items():
     say(f'evaluate: {name}')
-    quality_of[name] = evaluate(path, split, other, data_dir)
+    quality_of[name] = evaluate(path, split, other, data_dir, ctc_weight)
   cfg = load_train_config(points[baseline])
   folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
   utterances = timing_utterances(cfg, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
-  recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
+  recognizers = {name: Recognizer.load(path, 'skip', ctc_weight) for name, path in points.items()}
   times = timing.side_by_side(recognizers, utterances, rounds, baseline)
   rows = {name: quality_of[name] | times[name] for name in points}
   outputs = {name: _outputs(points[name], split) for name in points}
@@ -183,6 +191,7 @@ def summarize(
     'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
     'command': ' '.join(['python', '-m', 'gatedfm.sweep', *sys.argv[1:]]),
     'split': split,
+    'ctc_weight': ctc_weight,
     'data': _data(cfg, folder),
     'points': rows,
     'headline': _headline(rows, baseline),

@@ -24,6 +24,7 @@ class SweepConfig:
     baseline: the point that times and differences refer to.
     other: source for language identification away from the training source; '' = none.
     split: what the summary reports; `validation` while anything is still being chosen.
+    ctc_weight: of CTC in joint decoding of transcripts; 0 is the attention decoder alone.
     timed: utterances per task for timing; rounds: passes over them; longest: in frames.
     data_dir: '' is `$GATEDFM_DATA` or the user's cache.
   """
@@ -32,6 +33,7 @@ class SweepConfig:
   baseline: str = 'dense'
   other: str = ''
   split: str = 'test'
+  ctc_weight: float = 0.3
   timed: int = 40
   rounds: int = 5
   longest: int = 256
@@ -65,7 +67,8 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   paths = {name: workdir / name for name in cfg.points}
   summary = points.summarize(
     paths, workdir, baseline=cfg.baseline, other=cfg.other, split=cfg.split,
-    data_dir=cfg.data_dir, number=cfg.timed, rounds=cfg.rounds, longest=cfg.longest,
+    data_dir=cfg.data_dir, ctc_weight=cfg.ctc_weight, number=cfg.timed, rounds=cfg.rounds,
+    longest=cfg.longest,
   )  # fmt: skip
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))

@@ -1,4 +1,4 @@
-"""A trained model at work: encode, decode greedily with caches, identify the language.
+"""A trained model at work: encode, decode with caches, identify the language.
 
 Letters: B batch, T frames of 10 ms, S frames of 40 ms, M mel bands, L tokens, P primer
 tokens, V vocabulary.
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from gatedfm.data.corpus import Assets
+from gatedfm.execution import ctc_prefix
 from gatedfm.gates import Gates
 from gatedfm.models.speech import Encoded, SpeechModel, for_inference
 from gatedfm.models.speech_config import SpeechConfig
@@ -25,6 +26,7 @@ from gatedfm.nn import gating
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 
+CTC_WEIGHT = 0.3  # ESPnet's usual choice
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 
 
@@ -33,9 +35,9 @@ class Decoded:
   """What decoding gives.
 
   Attributes:
-    tokens: `[B, L]` decoder tokens after the primer, `eos` from the end on.
+    tokens: `[B, L]` tokens after the primer, `eos` from the end on.
     ctc: `[B, S]` best CTC class per frame, 0 (blank) in padding.
-    language: `[B]` index of the most likely language, by the first decoder step.
+    language: `[B]` index of the most likely language, by the decoder's first logits.
     gates: all gates used.
   """
 
@@ -49,50 +51,57 @@ def greedy(
   model: SpeechModel,
   params: Any,
   encoded: Encoded,
+  ctc: ctc_prefix.Frames,
   primer_BxP: jax.Array,
   length: int,
   steps: jax.Array,
   eos: int,
   allowed_V: jax.Array,
+  ctc_weight: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Greedy decoding with key/value caches until every utterance has ended.
+  """Greedy joint CTC/attention decoding with caches until every utterance has ended.
 
   Args:
     model: unrolled, `params` its parameters.
     encoded: what `model.encode` gave.
-    primer_BxP: first tokens, `<sos>` first; -1 where the model is to choose.
-    length: cache positions.
-    steps: decoder steps at most, below `length`; traced, so that naming a language (one step)
-      and transcribing share a program.
+    ctc: what CTC says of the same utterances.
+    primer_BxP: first tokens, `<sos>` first.
+    length: tokens written at most.
+    steps: the same limit, traced, so that naming a language (none) and transcribing share a
+      program.
     eos: token that ends an utterance.
     allowed_V: bool, tokens that may be written.
+    ctc_weight: of CTC's score of each token against the decoder's, traced; 0 ignores CTC.
 
-  Returns: tokens `[B, length]` with the primer, `eos` after the end; and the logits `[B, V]`
-    of the first step, which tell the language.
+  Returns: tokens `[B, length]` after the primer, `eos` after the end; and the logits `[B, V]`
+    after `<sos>`, which tell the language.
   """
   call = functools.partial(model.apply, {'params': params})
-  caches = call(encoded, length, method='start')
   b, p = primer_BxP.shape
-  forced_BxL = jnp.full((b, length), -1, jnp.int32).at[:, :p].set(primer_BxP)
+  caches = call(encoded, p + length, method='start')
+  logits_BxPxV, caches = call(primer_BxP, 0, caches, encoded, method='step')
 
-  def step(carry: tuple) -> tuple:
-    position, tokens_BxL, done_B, caches, first_BxV = carry
-    logits_BxV, caches = call(tokens_BxL[:, position], position, caches, encoded, method='step')
-    first_BxV = jnp.where(position == 0, logits_BxV, first_BxV)
-    best_B = jnp.argmax(jnp.where(allowed_V, logits_BxV, -jnp.inf), -1).astype(jnp.int32)
-    forced_B = forced_BxL[:, position + 1]
-    next_B = jnp.where(done_B, eos, jnp.where(forced_B >= 0, forced_B, best_B))
-    done_B = done_B | (next_B == eos)
-    return position + 1, tokens_BxL.at[:, position + 1].set(next_B), done_B, caches, first_BxV
+  def choose(logits_BxV: jax.Array, prefix: ctc_prefix.Prefix, done_B: jax.Array) -> tuple:
+    heard_BxV = ctc_prefix.scores(ctc, prefix, eos)
+    score_BxV = (1 - ctc_weight) * jax.nn.log_softmax(logits_BxV) + ctc_weight * heard_BxV
+    best_B = jnp.argmax(jnp.where(allowed_V, score_BxV, -jnp.inf), -1).astype(jnp.int32)
+    token_B = jnp.where(done_B, eos, best_B)
+    gain_B = jnp.take_along_axis(heard_BxV, token_B[:, None], 1)[:, 0]
+    return token_B, ctc_prefix.extend(ctc, prefix, token_B, gain_B)
+
+  def write(carry: tuple) -> tuple:
+    at, tokens_BxL, token_B, caches, prefix = carry
+    logits_Bx1xV, caches = call(token_B[:, None], p + at, caches, encoded, method='step')
+    token_B, prefix = choose(logits_Bx1xV[:, 0], prefix, token_B == eos)
+    return at + 1, tokens_BxL.at[:, at + 1].set(token_B), token_B, caches, prefix
 
   def unfinished(carry: tuple) -> jax.Array:
-    return (carry[0] < steps) & ~jnp.all(carry[2])
+    return (carry[0] < steps - 1) & jnp.any(carry[2] != eos)
 
-  tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, 0].set(primer_BxP[:, 0])
-  first_BxV = jnp.zeros((b, allowed_V.shape[0]))
-  carry = (jnp.zeros((), jnp.int32), tokens_BxL, jnp.zeros(b, bool), caches, first_BxV)
-  _, tokens_BxL, _, _, first_BxV = lax.while_loop(unfinished, step, carry)
-  return tokens_BxL, first_BxV
+  token_B, prefix = choose(logits_BxPxV[:, -1], ctc_prefix.start(ctc), jnp.zeros(b, bool))
+  tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, 0].set(token_B)
+  carry = jnp.zeros((), jnp.int32), tokens_BxL, token_B, caches, prefix
+  return lax.while_loop(unfinished, write, carry)[1], logits_BxPxV[:, 0]
 
 
 class Recognizer:
@@ -107,6 +116,7 @@ class Recognizer:
     execution: `skip` for single utterances (a closed module costs nothing), `mask` for
       batches whose examples differ in their gates.
     notimestamps: whether the model was trained with `<notimestamps>` in its primer.
+    ctc_weight: of CTC in joint decoding of transcripts; 0 is the attention decoder alone.
   """
 
   def __init__(
@@ -116,7 +126,9 @@ class Recognizer:
     assets: Assets,
     execution: str = 'mask',
     notimestamps: bool = False,
+    ctc_weight: float = CTC_WEIGHT,
   ):
+    self._ctc_weight = ctc_weight
     self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
     self.model, self.params = for_inference(cfg, params, execution)
@@ -136,7 +148,9 @@ class Recognizer:
     self._programs: dict[tuple, Any] = {}
 
   @classmethod
-  def load(cls, workdir: Path | str, execution: str = 'mask') -> Recognizer:
+  def load(
+    cls, workdir: Path | str, execution: str = 'mask', ctc_weight: float = CTC_WEIGHT
+  ) -> Recognizer:
     """From the workdir of a training run: its newest checkpoint, configuration, assets.
 
     Raises:
@@ -146,7 +160,7 @@ class Recognizer:
     cfg = config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
     assets = Assets.load(workdir / 'assets')
-    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps)
+    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, ctc_weight)
 
   def _forward(
     self,
@@ -157,6 +171,7 @@ class Recognizer:
     task_B: jax.Array,
     primer_BxP: jax.Array,
     steps: jax.Array,
+    ctc_weight: jax.Array,
     gates: Gates | None,
     length: int,
   ) -> Decoded:
@@ -164,22 +179,23 @@ class Recognizer:
     context = gating.Context(language_B, task_B)
     call = functools.partial(self.model.apply, {'params': params})
     encoded = call(x_BxTxM, frames_B, context, gates, method='encode')
+    ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
     tokens_BxL, first_BxV = greedy(
-      self.model, params, encoded, primer_BxP, length, steps, self.tokenizer.eos, self._allowed
-    )
-    ctc_BxS = jnp.argmax(call(encoded, method='ctc_logits'), -1)
+      self.model, params, encoded, ctc, primer_BxP, length, steps, self.tokenizer.eos,
+      self._allowed, ctc_weight,
+    )  # fmt: skip
     return Decoded(
-      tokens_BxL[:, primer_BxP.shape[1] :],
-      jnp.where(encoded.mask, ctc_BxS, 0),
+      tokens_BxL,
+      jnp.where(ctc.mask, jnp.argmax(ctc.log_probs, -1), ctc_prefix.BLANK),
       jnp.argmax(first_BxV[:, self._languages], -1),
       encoded.gates,
     )
 
   def primer(self, task: str, languages: Sequence[str]) -> np.ndarray:
-    """`<sos> <lang> <task>` of each utterance, `[B, 3]`; for `lid` the model fills in the rest."""
+    """`<sos> <lang> <task>` of each utterance, `[B, 3]`; of `lid` only `<sos>` is read."""
     t = self.tokenizer
     if task == 'lid':
-      rows = [[t.sos, -1, -1] + [-1] * len(self._suffix)] * len(languages)
+      rows = [[t.sos, t.eos, t.eos] + [t.eos] * len(self._suffix)] * len(languages)
     else:
       names = [[f'<{x}>', f'<{task}>', *self._suffix] for x in languages]
       rows = [[t.sos, *map(t.token_id, row)] for row in names]
@@ -213,12 +229,12 @@ class Recognizer:
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
-    limit = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens)
-    length = primer.shape[1] + limit
-    # A language takes one step: the token after <sos>.
-    steps = np.int32(length - 1 if known else 1)
+    length = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens - primer.shape[1])
+    # A language is known from the primer; CTC knows nothing of other languages' texts.
+    steps = np.int32(length if known else 0)
+    weight = np.float32(self._ctc_weight if task == 'asr' else 0)
     shape = (features_BxTxM.shape, length, gates is None)
-    args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, steps, gates)
+    args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, steps, weight, gates)
     if shape not in self._programs:
       self._programs[shape] = self._run.lower(*args, length=length).compile()
     return self._programs[shape](*args)
@@ -231,7 +247,7 @@ class Recognizer:
     )
 
   def texts(self, decoded: Decoded) -> list[str]:
-    """The decoder's texts."""
+    """The texts."""
     rows = np.asarray(decoded.tokens)
     ends = [np.flatnonzero(np.append(r, self.tokenizer.eos) == self.tokenizer.eos)[0] for r in rows]
     return [self.tokenizer.decode(r[:n].tolist()) for r, n in zip(rows, ends)]
@@ -240,7 +256,7 @@ class Recognizer:
     """The texts of the best CTC path: repeats merged, blanks dropped."""
     out = []
     for row in np.asarray(decoded.ctc):
-      kept = row[np.append(True, row[1:] != row[:-1]) & (row != 0)]
+      kept = row[np.append(True, row[1:] != row[:-1]) & (row != ctc_prefix.BLANK)]
       out.append(self.tokenizer.decode(kept.tolist()))
     return out
 

@@ -52,14 +52,14 @@ class DecoderAttention(nn.Module):
   def extend(
     self, x: jax.Array, cache: attention.KeyValue, position: jax.Array
   ) -> tuple[jax.Array, attention.KeyValue]:
-    """One cached self-attention step: x `[B, 1, D]` at `position`."""
+    """Cached self-attention of the tokens from `position` on: x `[B, P, D]`."""
     y = self.norm(x)
     cache = attention.update_cache(cache, self.attention.project(y), position)
-    seen = jnp.arange(cache.key.shape[1]) <= position
+    seen = jnp.arange(cache.key.shape[1]) <= position + jnp.arange(x.shape[1])[:, None]
     return self.attention.attend(y, cache, seen), cache
 
   def read(self, x: jax.Array, kv: attention.KeyValue, mask: jax.Array) -> jax.Array:
-    """One cross-attention step to projected keys and values."""
+    """Cross-attention to projected keys and values."""
     return self.attention.attend(self.norm(x), kv, mask)
 
 
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
     position: jax.Array,
     memory_mask_BxS: jax.Array,
   ) -> tuple[jax.Array, LayerCache]:
-    """One token: x `[B, 1, D]`. The cache passes through a closed gate untouched."""
+    """Tokens from `position` on, x `[B, P, D]`. A closed gate leaves the cache untouched."""
     mode = self.cfg.execution
     y, own = gating.under_gate(
       mode,
@@ -179,15 +179,15 @@ class Decoder(nn.Module):
 
   def step(
     self,
-    tokens_B: jax.Array,
+    tokens_BxP: jax.Array,
     position: jax.Array,
     caches: list[LayerCache],
     gates: Gates,
     memory_mask_BxS: jax.Array,
   ) -> tuple[jax.Array, list[LayerCache]]:
-    """One token of each example: logits `[B, V]` float32 and the new caches."""
+    """The next P tokens of each example: logits `[B, P, V]` float32 and the new caches."""
     limit = caches[0].own.key.shape[1]
-    x = subsampling.add_positions(self._embed(tokens_B[:, None]), position, limit)
+    x = subsampling.add_positions(self._embed(tokens_BxP), position, limit)
     new = []
 
     def visit(layer: DecoderLayer, layer_gates: Gates, i: int) -> None:
@@ -196,4 +196,4 @@ class Decoder(nn.Module):
       new.append(cache)
 
     self.layers.each(visit, gates)
-    return self.output(self.after_norm(x))[:, 0].astype(jnp.float32), new
+    return self.output(self.after_norm(x)).astype(jnp.float32), new

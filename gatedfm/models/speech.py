@@ -144,13 +144,13 @@ class SpeechModel(nn.Module):
 
   def step(
     self,
-    tokens_B: jax.Array,
+    tokens_BxP: jax.Array,
     position: jax.Array,
     caches: list[decoder_lib.LayerCache],
     encoded: Encoded,
   ) -> tuple[jax.Array, list[decoder_lib.LayerCache]]:
-    """One decoding step at `position`: logits `[B, V]` and the new caches."""
-    return self.decoder.step(tokens_B, position, caches, decoder_gates(encoded), encoded.mask)
+    """Decodes P tokens from `position` on: logits `[B, P, V]` and the new caches."""
+    return self.decoder.step(tokens_BxP, position, caches, decoder_gates(encoded), encoded.mask)
 
 
 def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:

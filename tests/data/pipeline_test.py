@@ -233,6 +233,27 @@ def test_given_buckets_and_batch_size(data):
   assert [(shape.batch, shape.frames) for shape in shapes] == [(8, 40), (8, 100), (8, 200)]
 
 
+def test_unusually_long_texts_move_up_a_bucket(data):
+  """One utterance with a long text must not pad the text of every batch of its bucket."""
+  frames = np.where(np.arange(len(data.examples)) % 2, 180, 90).astype(np.int32)
+  plain = dataclasses.replace(data.examples, frames=frames)
+  target = plain.target.copy()
+  target[0] = len(plain.offsets) - 1  # the new last row
+  odd = dataclasses.replace(
+    plain,
+    target=target,
+    tokens=np.append(plain.tokens, np.ones(200, np.int32)),
+    offsets=np.append(plain.offsets, plain.offsets[-1] + 200),
+  )
+  config = dataclasses.replace(CONFIG, num_buckets=2)
+  before, after = (pipeline.batch_shapes([x], config, 4) for x in (plain, odd))
+  assert after[0] == before[0]
+  assert after[0].tokens < after[1].tokens == 200
+  bucket = batching.assign(odd, after)
+  assert bucket[0] == 1
+  assert (bucket[1:] == batching.assign(plain, before)[1:]).all()
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

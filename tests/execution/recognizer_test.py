@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import tiny_speech
 
+from gatedfm.execution import ctc_prefix
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech import SpeechModel
@@ -46,12 +47,12 @@ def trained(tone_data, assets):
 
 @pytest.fixture(scope='module')
 def mask(trained, assets, fast_compilation):
-  return Recognizer(*trained, assets, 'mask')
+  return Recognizer(*trained, assets, 'mask', ctc_weight=0)
 
 
 @pytest.fixture(scope='module')
 def skip(trained, assets, fast_compilation):
-  return Recognizer(*trained, assets, 'skip')
+  return Recognizer(*trained, assets, 'skip', ctc_weight=0)
 
 
 def features(seed=0, frames=LENGTHS):
@@ -59,8 +60,11 @@ def features(seed=0, frames=LENGTHS):
   return np.where(np.arange(64)[:, None] < frames[:, None, None], mel, 0), frames.astype(np.int32)
 
 
-def plainly(recognizer, trained, mel, frames, task, languages, length):
-  """Greedy decoding by a whole forward pass for each token; and the first step's logits."""
+def plainly(recognizer, trained, mel, frames, task, languages, length, weight=0.0):
+  """Greedy decoding by a whole forward pass for each token; and the first step's logits.
+
+  CTC's share goes through all that was written for each token anew.
+  """
   cfg, params = trained
   t = recognizer.tokenizer
   context = gating.Context(
@@ -69,20 +73,41 @@ def plainly(recognizer, trained, mel, frames, task, languages, length):
   )
   x = (mel - recognizer.stats.mean) / recognizer.stats.std
   forward = tiny_speech.jit(
-    lambda tokens: SpeechModel(cfg).apply({'params': params}, x, frames, tokens, context).logits
+    lambda tokens: SpeechModel(cfg).apply({'params': params}, x, frames, tokens, context)
   )
   symbols = [t.blank, t.unk] + [i for i, token in enumerate(t.tokens) if token[0] == '<']
   barred = [i for i in symbols if i != t.eos]
   names = [[f'<{x}>', f'<{task}>'] for x in languages]
   rows = np.full((len(languages), length), t.eos)
   rows[:, :3] = [[t.sos, *map(t.token_id, row)] for row in names]
-  first = np.asarray(forward(rows))[:, 0]
+  out = forward(rows)
+  first = np.asarray(out.logits)[:, 0]
+  ctc = ctc_prefix.frames(out.ctc_logits, out.encoded.mask)
   for at in range(2, length - 1):
-    logits = np.array(forward(rows))[:, at]
+    prefix = ctc_prefix.start(ctc)
+    for i in range(3, at + 1):
+      score = jnp.take_along_axis(ctc_prefix.scores(ctc, prefix, t.eos), rows[:, i : i + 1], 1)
+      prefix = ctc_prefix.extend(ctc, prefix, rows[:, i], score[:, 0])
+    attention = jax.nn.log_softmax(forward(rows).logits[:, at])
+    heard = ctc_prefix.scores(ctc, prefix, t.eos)
+    logits = np.array((1 - weight) * attention + weight * heard)
     logits[:, barred] = -np.inf
     ended = (rows[:, 3 : at + 1] == t.eos).any(1)
     rows[:, at + 1] = np.where(ended, t.eos, logits.argmax(1))
   return rows[:, 3:], first
+
+
+def test_joint_decoding_weighs_what_ctc_hears(mask, trained, assets):
+  mel, frames = features()
+  joint = Recognizer(*trained, assets, 'mask', ctc_weight=0.6)
+  length = 3 + 64 // 4
+  expected, _ = plainly(mask, trained, mel, frames, 'asr', LANGUAGES, length, weight=0.6)
+  np.testing.assert_array_equal(joint(mel, frames, 'asr', LANGUAGES).tokens, expected)
+  alone = mask(mel, frames, 'asr', LANGUAGES)
+  assert (expected != np.asarray(alone.tokens)).any()
+  # A translation is not what CTC hears.
+  a, b = (r(mel, frames, 'st_eng', LANGUAGES) for r in (joint, mask))
+  np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
 @pytest.mark.parametrize('task', ['asr', 'st_eng'])
@@ -190,9 +215,9 @@ def test_texts_end_with_their_first_end_token(mask):
 
 def test_primers(mask, trained, assets):
   t = mask.tokenizer
-  name = lambda row: [t.tokens[i] if i >= 0 else None for i in row]
+  name = lambda row: [t.tokens[i] for i in row]
   assert name(mask.primer('st_eng', ['rus'])[0]) == ['<sos>', '<rus>', '<st_eng>']
-  assert name(mask.primer('lid', [''])[0]) == ['<sos>', None, None]
+  assert name(mask.primer('lid', [''])[0]) == ['<sos>', '<eos>', '<eos>']
   timed = Recognizer(*trained, assets, notimestamps=True)
   assert name(timed.primer('asr', ['fra'])[0])[-1] == '<notimestamps>'
   assert timed.primer('lid', ['']).shape == timed.primer('asr', ['fra']).shape

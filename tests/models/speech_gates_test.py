@@ -40,8 +40,8 @@ def everything(model, params, gates, x, frames, tokens, context):
   caches = call(out.encoded, TOKENS + 1, method='start')
 
   def step(caches, at):
-    logits, caches = call(at[1], at[0], caches, out.encoded, method='step')
-    return caches, logits
+    logits, caches = call(at[1][:, None], at[0], caches, out.encoded, method='step')
+    return caches, logits[:, 0]
 
   _, logits = jax.lax.scan(step, caches, (jnp.arange(TOKENS), tokens.T))
   return {
