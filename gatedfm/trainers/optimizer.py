@@ -46,7 +46,9 @@ def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   if cfg.name == 'muon':
     model = optax.contrib.muon(
       rate,
-      ns_steps=4,
+      # Turbo-Muon (Boissin et al. 2025): better conditioned, so that fewer iterations will do.
+      preconditioning='aol',
+      ns_steps=3,
       adam_b1=cfg.b1,
       adam_b2=cfg.b2,
       eps=cfg.eps,

@@ -1,10 +1,11 @@
-"""Train state, loss, and the jitted train and evaluation steps.
+"""Train state, loss, and the compiled train and evaluation steps.
 
 Letters: B batch, T frames, M mel bands, L tokens, U CTC labels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -147,15 +148,24 @@ class Objective:
 
 
 def make_train_step(cfg: TrainConfig, stats: FeatureStats, shardings: Any) -> Callable:
-  """The jitted step `(state, batch, gating_now) -> (state, metrics)`; donates the state."""
+  """The step `(state, batch, gating_now) -> (state, metrics)`; donates the state.
+
+  Two programs, the gradient and the update, so that another batch shape compiles the first
+  alone.
+  """
   objective = Objective(cfg, stats)
   tx = optimizer.make(cfg.optimizer, cfg.steps)
 
-  def train_step(state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]):
+  @jax.jit
+  def gradient(params: Any, at: jax.Array, batch: Batch, gating_now: dict[str, jax.Array]):
     # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.
-    key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), state.step)
+    key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), at)
     grad_fn = jax.value_and_grad(objective, has_aux=True)
-    (_, metrics), grads = grad_fn(state.params, batch, gating_now, key)
+    (_, metrics), grads = grad_fn(params, batch, gating_now, key)
+    return jax.lax.with_sharding_constraint(grads, shardings.params), metrics
+
+  @functools.partial(jax.jit, donate_argnames='state')
+  def update(state: TrainState, grads: Any, gating_now: dict[str, jax.Array]):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     if cfg.model.gates.enabled:
       rest = lambda u: jnp.where(gating_now['search'], u, 0)
@@ -163,11 +173,15 @@ def make_train_step(cfg: TrainConfig, stats: FeatureStats, shardings: Any) -> Ca
         lambda path, u: rest(u) if optimizer.is_gate(path) else u, updates
       )
     params = optax.apply_updates(state.params, updates)
-    metrics['grad_norm'] = optax.tree.norm(grads)
     state = TrainState(state.step + 1, params, opt_state)
-    return jax.lax.with_sharding_constraint(state, shardings), metrics
+    return jax.lax.with_sharding_constraint(state, shardings), optax.tree.norm(grads)
 
-  return jax.jit(train_step, donate_argnames='state')
+  def train_step(state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]):
+    grads, metrics = gradient(state.params, state.step, batch, gating_now)
+    state, norm = update(state, grads, gating_now)
+    return state, metrics | {'grad_norm': norm}
+
+  return train_step
 
 
 def make_eval_step(cfg: TrainConfig, stats: FeatureStats) -> Callable:

@@ -61,7 +61,6 @@ class Trainer:
       self.shardings = partitioning.shardings(init, self.mesh, jax.random.key(0))
       self._shapes = jax.eval_shape(step.unboxed(init), jax.random.key(0))
       self._step = step.make_train_step(cfg, STATS, self.shardings)
-    self._compiled = None
 
   def start(self):
     """A state of random parameters, without compiling an initialiser."""
@@ -75,13 +74,11 @@ class Trainer:
     with partitioning.activate(self.mesh):
       scheduled = optimizer.sparsity_schedule(self.cfg.sparsity, self.cfg.steps, at)
       args = (state, partitioning.global_batch(rows, self.mesh), scheduled | now)
-      if self._compiled is None:
-        self._compiled = self._step.lower(*args).compile(tiny_speech.FAST)
-      return self._compiled(*args)
+      return self._step(*args)
 
 
 @pytest.fixture(scope='module')
-def single():
+def single(fast_compilation):
   return Trainer(config(), data=1, fsdp=1, model=1)
 
 
