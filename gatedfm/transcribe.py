@@ -18,7 +18,7 @@ from gatedfm import mains
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.')
 _LANGUAGE = flags.DEFINE_string('language', '', 'ISO code, such as fr or fra; empty: find out.')
 _TASK = flags.DEFINE_string('task', 'asr', 'asr, lid or st:LANGUAGE, such as st:en.')
-_CTC = flags.DEFINE_bool('ctc', False, 'Write the best CTC path, without the decoder.')
+_CTC = flags.DEFINE_bool('ctc', False, 'Write the best CTC path instead of the joint text.')
 _CTC_WEIGHT = flags.DEFINE_float('ctc_weight', 0.3, 'Of CTC in joint decoding.', 0, 1)
 flags.mark_flag_as_required('checkpoint')
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     task = files.parse_task(_TASK.value)
     language = files.parse_language(_LANGUAGE.value)
     recognizer = Recognizer.load(Path(_CHECKPOINT.value), 'skip', _CTC_WEIGHT.value)
-    files.check(recognizer, task, language)
+    files.check(recognizer, task, language, _CTC.value)
     failed = 0
     for path in map(Path, argv[1:]):
       start = time.perf_counter()

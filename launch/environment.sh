@@ -6,16 +6,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # tcmalloc, where apt-get has it: glibc hands buffers of tens of megabytes back to the system after
 # every step and has them zeroed anew, which costs a training step on CPU a third of its time.
 allocator() {
-  local folder=.venv/allocator package library
+  local folder=.venv/allocator new=.venv/allocator.new package library
   if [ "$(uname -s)" != Linux ] || [ -n "${LD_PRELOAD:-}" ]; then return; fi
   if [ ! -e "$folder" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
-    mkdir -p "$folder"
+    rm -rf "$new" && mkdir -p "$new"
     if [ "$(id -u)" = 0 ] && ! ls /var/lib/apt/lists/*Packages* >/dev/null 2>&1; then
       apt-get update -qq || true
     fi
     for package in libtcmalloc-minimal4t64 libtcmalloc-minimal4; do
-      (cd "$folder" && apt-get download -qq "$package" && dpkg-deb -x "$package"_*.deb .) \
-        >/dev/null 2>&1 && break
+      if (cd "$new" && apt-get download -qq "$package" && dpkg-deb -x "$package"_*.deb .) \
+        >/dev/null 2>&1; then mv "$new" "$folder" && break; fi
     done
   fi
   library=$(find "$PWD/$folder" /usr/lib -name 'libtcmalloc_minimal.so.4' -print -quit 2>/dev/null || true)

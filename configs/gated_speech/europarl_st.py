@@ -1,12 +1,13 @@
 """Europarl-ST (de, fr, it), the set of the published work: recognition and translation.
 
-  python -m gatedfm.data.europarl_st --root=/data/europarl-st/v1.1 --out=/data/europarl_st
+  python -m gatedfm.data.europarl_st --root=/data/europarl-st/v1.1 \
+      --out=/data/europarl_st/manifest.jsonl
   python -m gatedfm.train --config=configs/gated_speech/europarl_st.py \
       --workdir=/storage/europarl_dense \
       --config.data.sources="('manifest:/data/europarl_st/manifest.jsonl',)"
 
 Then gate it: `--config.init_from=/storage/europarl_dense --config.model.gates.enabled=True`.
-Not run here: the corpus is not in a package registry.
+Not run here: it needs the corpus.
 """
 
 from configs.gated_speech import base

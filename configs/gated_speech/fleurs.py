@@ -1,11 +1,11 @@
 """FLEURS through a manifest: recognition and identification in as many of its 102 languages.
 
-  python -m gatedfm.data.fleurs --root=/data/fleurs --out=/data/fleurs_manifest \
+  python -m gatedfm.data.fleurs --root=/data/fleurs --out=/data/fleurs_manifest/manifest.jsonl \
       --languages=fr_fr,es_419,ru_ru
   python -m gatedfm.train --config=configs/gated_speech/fleurs.py --workdir=/storage/fleurs \
       --config.data.sources="('manifest:/data/fleurs_manifest/manifest.jsonl',)"
 
-Not run here: the corpus is not in a package registry.
+Not run here: it needs the corpus.
 """
 
 from configs.gated_speech import base

@@ -6,8 +6,6 @@ Hours on two cores; restartable at any moment, every point is trained once. Whic
 anything is read off the validation split (`--config.split=validation`); the test split reports.
 """
 
-import copy
-
 from configs.gated_speech import quickstart, tiny
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers.config import TrainConfig
@@ -51,7 +49,7 @@ def get_config() -> SweepConfig:
   # An empty context decides the same for every utterance: a learned fixed mask, the control.
   add('both_0.5_static', 0.5).model.gates.context = ()
   for seed in (1, 2):
-    points[f'dense_seed{seed}'] = copy.deepcopy(dense(seed))
+    points[f'dense_seed{seed}'] = dense(seed)
     add(f'both_0.5_seed{seed}', 0.5, f'dense_seed{seed}', seed)
     add(f'both_0.5_static_seed{seed}', 0.5, f'dense_seed{seed}', seed).model.gates.context = ()
   return SweepConfig(

@@ -185,8 +185,7 @@ def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Fig
 
   Args:
     points: the 'points' of summary.json. Those without a CER or time_ratio are left out.
-      An optional 'intervals': {'cer': [low, high], 'time_ratio': [low, high]} gives error
-      bars.
+      An optional 'interval': {'cer': [low, high]} gives error bars.
 
   Returns:
     None where 'dense' or every other point lacks one of the numbers.
@@ -201,14 +200,9 @@ def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Fig
   figure, axes = _scatter(places, points)
   colors = _colors(points)
   for name, place in places.items():
-    bounds = points[name].get('intervals') or {}
-    reach = [
-      np.abs(100 * np.asarray(bounds[key]) - value)[:, None] if bounds.get(key) else None
-      for key, value in zip(('time_ratio', 'cer'), place)
-    ]
-    axes.errorbar(
-      *place, xerr=reach[0], yerr=reach[1], color=colors[name], alpha=0.6, capsize=3, lw=1
-    )
+    bounds = (points[name].get('interval') or {}).get('cer')
+    reach = np.abs(100 * np.asarray(bounds) - place[1])[:, None] if bounds else None
+    axes.errorbar(*place, yerr=reach, color=colors[name], alpha=0.6, capsize=3, lw=1)
   low, high = axes.get_ylim()
   pad = max(0.12 * (high - low), 0.5)
   axes.set(xlim=(0, 1.08 * max(x for x, _ in places.values())), ylim=(low - pad, high + pad))

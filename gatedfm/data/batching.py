@@ -83,17 +83,18 @@ def batch_shapes(
   frames = np.concatenate([examples.frames for examples in sets])
   tokens = np.concatenate([examples.target_lengths for examples in sets])
   labels = np.concatenate([examples.transcript_lengths for examples in sets])
+  if not config.bucket_frames and config.num_buckets < 1:
+    raise ValueError(f'num_buckets is {config.num_buckets}; there must be at least one')
   boundaries = list(config.bucket_frames) or _boundaries(frames, config.num_buckets)
   if boundaries != sorted(set(boundaries)) or boundaries[-1] < frames.max():
     raise ValueError(
       f'bucket_frames {config.bucket_frames} must increase and reach the longest '
       f'utterance of {frames.max()} frames; or set max_frames to leave that one out'
     )
+  bucket = np.searchsorted(boundaries, frames)
   shapes: list[Shape] = []
-  for low, high in zip([0, *boundaries], boundaries):
-    mine = (low < frames) & (frames <= high)
-    if not mine.any():
-      continue
+  for b in np.unique(bucket):
+    mine, high, last = bucket == b, boundaries[b], b == bucket.max()
     batch = config.batch_size or config.batch_frames // high
     batch -= batch % batch_multiple
     if not batch or (config.batch_size and batch != config.batch_size):
@@ -103,7 +104,6 @@ def batch_shapes(
         f'{high} frames: raise it to a multiple, or shorten max_frames'
       )
     before = shapes[-1] if shapes else Shape(0, 0, _MULTIPLE, _MULTIPLE)
-    last = high == boundaries[-1]
     room = [_round_up(x.max() if last else _usual(x[mine])) for x in (tokens, labels)]
     shapes.append(Shape(batch, high, max(before.tokens, room[0]), max(before.labels, room[1])))
   return tuple(shapes)

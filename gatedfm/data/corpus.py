@@ -10,6 +10,7 @@ from gatedfm.data import features, pipeline, sources, text
 from gatedfm.data.tokenizer import Tokenizer
 from gatedfm.data.types import DataError, Source
 
+ASSETS = 'assets'  # folder of a workdir
 TOKENIZER, STATS = 'tokenizer.json', 'feature_stats.npz'
 
 

@@ -288,7 +288,6 @@ def eval_batches(
   examples: Examples,
   caches: Sequence[FeatureCache],
   shapes: Sequence[Shape],
-  workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -302,4 +301,4 @@ def eval_batches(
     _host_slice(shape.batch, process_index, process_count)
   batches = in_order(examples, shapes)
   source = _EvalBatches(examples, caches, shapes, batches, process_index, process_count)
-  return iter(_read(source, 0, workers))
+  return iter(_read(source, 0, workers=0))

@@ -41,6 +41,7 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
     DataError: unknown source, option or split, or data that cannot be had.
   """
   splits.check_split(split)
+  check(spec)
   data_dir = Path(data_dir) if data_dir else default_data_dir()
   name, _, query = spec.partition('?')
   if name == 'auto':
@@ -49,10 +50,19 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
   if kind == 'manifest' and path:
     options = _options(spec, query, _manifest)
     return _manifest(split, data_dir, Path(path).expanduser(), skip_bad, **options)
-  if name not in _OPENERS:
+  return _OPENERS[name](split, data_dir, **_options(spec, query, _OPENERS[name]))
+
+
+def check(spec: str) -> None:
+  """Raises DataError on an unknown source or option; nothing is prepared."""
+  name, _, query = spec.partition('?')
+  kind, _, path = name.partition(':')
+  opener = _manifest if kind == 'manifest' and path else _OPENERS.get(name)
+  if opener:
+    _options(spec, query, opener)
+  elif name != 'auto':
     known = '\n'.join(f'  {key:<14} {what}' for key, what in KNOWN.items())
     raise DataError(f'unknown source {spec!r}; known are\n{known}')
-  return _OPENERS[name](split, data_dir, **_options(spec, query, _OPENERS[name]))
 
 
 def describe(source: Source) -> str:

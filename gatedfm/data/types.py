@@ -49,7 +49,7 @@ class Parallel:
 
   Attributes:
     id: unique.
-    texts: by ISO 639-3 language, English among them.
+    texts: by ISO 639-3 language.
     group: texts that must stand in the same split share it.
     split: 'train', 'validation' or 'test'.
   """

@@ -1,7 +1,7 @@
 """Evaluates trained points and gathers them into one summary.
 
 A *point* is one trained workdir: the dense model, or a gated one. Its quality goes to
-`evaluation.json` beside the checkpoint and is reused while the checkpoint stays the same.
+`evaluation_SPLIT.json` beside the checkpoint and is reused while checkpoint and data stay the same.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ import numpy as np
 
 from gatedfm import gates as gates_lib
 from gatedfm import metrics
-from gatedfm.data import corpus, sources
+from gatedfm.data import corpus, features, sources
 from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import CTC_WEIGHT, Recognizer
 from gatedfm.models import speech_costs
 from gatedfm.trainers import checkpoints, log, loop
 from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.config import ConfigError
 from gatedfm.trainers.log import say
 
+LONGEST = 3_001  # frames of an utterance that is scored
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 
 
@@ -42,11 +44,18 @@ def _splits(
   cfg: config_lib.TrainConfig, assets: corpus.Assets, split: str, other: str, data_dir: Path
 ) -> dict[str, corpus.Split]:
   # Scored on everything: an utterance too long to train on is still one to recognise.
-  whole = {'max_frames': 3_001, 'max_tokens': cfg.model.max_tokens, 'num_buckets': 2}
+  whole = {
+    'max_frames': LONGEST,
+    'max_tokens': cfg.model.max_tokens,
+    'num_buckets': 2,
+    'batch_frames': max(cfg.data.batch_frames, LONGEST + 8),  # rounded up to a multiple of 8
+  }
   data = dataclasses.replace(cfg.data, bucket_frames=(), **whole)
-  out = {'same': corpus.open_split(data, assets, split, data_dir, say=say)}
+  out = {'same': corpus.open_split(data, assets, split, data_dir, 1, cfg.skip_bad, say)}
   if other:
-    data = dataclasses.replace(data, sources=(other,), tasks=('lid',), num_buckets=1)
+    if 'lid' not in cfg.data.tasks:
+      raise ConfigError(f'{cfg.name or "the model"} does not identify languages: drop {other}')
+    data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',))
     out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
   return out
 
@@ -58,7 +67,7 @@ def evaluate(
   data_dir: str = '',
   ctc_weight: float = CTC_WEIGHT,
 ) -> dict:
-  """Quality, gates and costs of a point on a split, from `evaluation.json` where it is fresh.
+  """Quality, gates and costs of a point on a split, from `evaluation_SPLIT.json` where it is fresh.
 
   Args:
     workdir: of a training run.
@@ -66,19 +75,30 @@ def evaluate(
     other: source spec for language identification on another source than the trained one.
     data_dir: where data is prepared.
     ctc_weight: of CTC in joint decoding of transcripts.
+
+  Raises:
+    CheckpointError: no trained model there.
+    ConfigError: `other` for a model that does not identify languages.
+    DataError: data that cannot be had.
   """
   path = workdir / f'evaluation_{split}.json'
-  with checkpoints.Checkpoints(workdir) as ckpt:
-    key = {'step': ckpt.latest, 'split': split, 'other': other, 'ctc_weight': ctc_weight}
+  cfg = load_train_config(workdir)
+  folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
+  opened = corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)
+  key = {
+    'step': checkpoints.latest_step(workdir),
+    'split': split,
+    'data': [s.fingerprint for s in opened],
+    'other': other,
+    'ctc_weight': ctc_weight,
+  }
   if path.exists():
     saved = json.loads(path.read_text())
     if saved['key'] == key:
       return saved
-  cfg = load_train_config(workdir)
   recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
-  assets = corpus.Assets.load(workdir / loop.ASSETS)
-  folder = Path(data_dir or cfg.data_dir) if data_dir or cfg.data_dir else None
-  opened = _splits(cfg, assets, split, other, folder or sources.default_data_dir())
+  assets = corpus.Assets.load(workdir / corpus.ASSETS)
+  opened = _splits(cfg, assets, split, other, folder)
   gate_map, outputs = quality.decode_all(recognizer, opened['same'])
   counts = quality.counts(outputs)
   result = {name: c.scores() for name, c in counts.items() if name != 'lid'}
@@ -133,10 +153,16 @@ def _costs(cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus
 def timing_utterances(
   cfg: config_lib.TrainConfig, data_dir: Path, split: str, number: int, longest: int
 ) -> list[timing.Utterance]:
-  """`number` utterances of each task, evenly over the split, none longer than `longest` frames."""
+  """`number` utterances of each task, evenly over the split, none longer than `longest` frames.
+
+  Where all are longer, the shortest.
+  """
   out = []
-  for source in corpus.open_sources(cfg.data, split, data_dir):
-    rows = [i for i, r in enumerate(source.records) if 257 < r.num_samples <= longest * 160]
+  for source in corpus.open_sources(cfg.data, split, data_dir, cfg.skip_bad):
+    frames = np.array([features.num_frames(r.num_samples) for r in source.records])
+    rows = np.flatnonzero(frames <= longest)
+    if not len(rows):
+      rows = np.argsort(frames, kind='stable')[:number]
     picked = [rows[j] for j in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)]
     out += [
       timing.Utterance(source.audio(i), source.records[i].language, task)
@@ -180,7 +206,10 @@ def summarize(
   rows = {name: quality_of[name] | times[name] for name in points}
   outputs = {name: _outputs(points[name], split) for name in points}
   for name in points:
-    rows[name]['difference'] = _differences(outputs[name], outputs[baseline])
+    # A gated point is compared with the dense model that it was made of.
+    parent = Path(load_train_config(points[name]).init_from).name
+    rows[name]['parent'] = parent if parent in points else baseline
+    rows[name]['difference'] = _differences(outputs[name], outputs[rows[name]['parent']])
   summary = {
     'schema': 1,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -207,7 +236,7 @@ def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
 
 
 def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, dict[str, float]]:
-  """Point minus baseline for every metric's mean, with its paired 95% bootstrap interval."""
+  """Point minus parent for every metric's mean, with its paired 95% bootstrap interval."""
   key = lambda r: (r['id'], r['task'])
   a, b = (quality.counts(sorted(x, key=key)) for x in (mine, baseline))
   out = {}
@@ -222,7 +251,7 @@ def _data(cfg: config_lib.TrainConfig, data_dir: Path) -> dict[str, dict]:
   out: dict[str, dict] = {}
   for split in ('train', 'validation', 'test'):
     rows: dict[str, dict] = {}
-    for source in corpus.open_sources(cfg.data, split, data_dir):
+    for source in corpus.open_sources(cfg.data, split, data_dir, cfg.skip_bad):
       for r in source.records:
         row = rows.setdefault(r.language, {'utterances': 0, 'hours': 0.0})
         row['utterances'] += 1
@@ -232,14 +261,16 @@ def _data(cfg: config_lib.TrainConfig, data_dir: Path) -> dict[str, dict]:
 
 
 def _headline(rows: Mapping[str, dict], baseline: str) -> dict[str, Any]:
-  """The fastest point whose CER is not worse than the baseline's beyond its interval."""
-  gated = {n: r for n, r in rows.items() if n != baseline}
+  """The fastest gated point whose CER is not worse than its parent's beyond the interval."""
+  gated = {n: r for n, r in rows.items() if n != baseline and r['gate_map']}
   if not gated:
     return {}
   fine = {n: r for n, r in gated.items() if r['difference'].get('cer', {'low': 0})['low'] <= 0}
   name = min(fine or gated, key=lambda n: gated[n]['time_ratio'])
   row = rows[name]
   difference = {f'{k}_difference': v['value'] for k, v in row['difference'].items()}
+  if cer := row['difference'].get('cer'):
+    difference['cer_difference_interval'] = [cer['low'], cer['high']]
   return {
     'point': name,
     'time_ratio': row['time_ratio'],

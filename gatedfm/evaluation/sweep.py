@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from gatedfm.data import sources
+from gatedfm.data.types import SPLITS
 from gatedfm.trainers import log
-from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.config import ConfigError, TrainConfig, choice
 from gatedfm.trainers.log import say
 
 
@@ -39,6 +42,30 @@ class SweepConfig:
   longest: int = 256
   data_dir: str = ''
 
+  def validate(self) -> None:
+    """Raises ConfigError, naming the field and the mend, before anything is trained."""
+    choice('split', self.split, SPLITS)
+    choice('baseline', self.baseline, tuple(self.points))
+    if not 0 <= self.ctc_weight <= 1:
+      raise ConfigError(f'ctc_weight is {self.ctc_weight}; it lies in [0, 1]')
+    if self.timed < 1 or self.rounds < 1:
+      raise ConfigError('timed and rounds must be at least 1')
+    if self.other:
+      sources.check(self.other)
+    for name, point in self.points.items():
+      point.validate()
+      if self.other and 'lid' not in point.data.tasks:
+        raise ConfigError(f'other is {self.other}, but {name} has no task lid: drop one')
+
+
+def check(cfg: Any) -> SweepConfig:
+  """Returns a sound sweep configuration; raises ConfigError on anything else."""
+  if not isinstance(cfg, SweepConfig):
+    raise ConfigError(f'the configuration is a {type(cfg).__name__}, not a SweepConfig: train one '
+                      'model with python -m gatedfm.train')  # fmt: skip
+  cfg.validate()
+  return cfg
+
 
 def run(cfg: SweepConfig, workdir: Path) -> None:
   """Trains what is not trained yet, then evaluates, times and reports all points.
@@ -50,8 +77,10 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
     workdir: gets a folder per point, `summary.json` and `report.html`.
 
   Raises:
+    ConfigError: an impossible configuration.
     SystemExit: a training failed or was stopped; its own message says why.
   """
+  check(cfg)
   start = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(cfg.points):
@@ -72,7 +101,6 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   )  # fmt: skip
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))
-  say(report.headline(summary))
   say(f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html')
 
 
@@ -80,7 +108,7 @@ def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
   """Trains one point of the sweep in this process."""
   from gatedfm.trainers import loop
 
-  train = cfg.points[name]
+  train = check(cfg).points[name]
   train.name = name
   train.data_dir = train.data_dir or cfg.data_dir
   if train.init_from in cfg.points:

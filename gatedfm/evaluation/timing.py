@@ -60,10 +60,7 @@ def side_by_side(
     start = time.perf_counter()
     shapes = set()
     for u in utterances:
-      shape = (
-        recognizer_lib.bucket(int(features.num_frames(len(u.audio)))),
-        u.task == 'lid',
-      )
+      shape = recognizer_lib.bucket(int(features.num_frames(len(u.audio))))
       if shape not in shapes:
         shapes.add(shape)
         jax.block_until_ready(run_once(recognizer, u))

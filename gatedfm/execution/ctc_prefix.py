@@ -22,9 +22,10 @@ IMPOSSIBLE = -1e9
 
 @flax.struct.dataclass
 class Frames:
-  """CTC's view of an utterance: log-probabilities `[B, S, V]` and the valid frames `[B, S]`."""
+  """CTC's view of an utterance: (log-)probabilities `[B, S, V]` and valid frames `[B, S]`."""
 
   log_probs: jax.Array
+  probs: jax.Array
   mask: jax.Array
 
 
@@ -48,7 +49,8 @@ class Prefix:
 
 def frames(ctc_logits_BxSxV: jax.Array, mask_BxS: jax.Array) -> Frames:
   """`Frames` of CTC logits; padding (`mask` False) is cut off."""
-  return Frames(jax.nn.log_softmax(ctc_logits_BxSxV.astype(jnp.float32)), mask_BxS)
+  log_probs = jax.nn.log_softmax(ctc_logits_BxSxV.astype(jnp.float32))
+  return Frames(log_probs, jnp.exp(log_probs), mask_BxS)
 
 
 def start(x: Frames) -> Prefix:
@@ -69,12 +71,12 @@ def scores(x: Frames, prefix: Prefix, eos: int) -> jax.Array:
   blank = jnp.where(x.mask, after_blank, IMPOSSIBLE)
   # A product of probabilities, scaled by the likeliest frame so that it cannot vanish.
   largest = jnp.max(either, 1, keepdims=True)
-  probs_BxSxV = jnp.exp(x.log_probs)
-  starts_BxV = jnp.einsum('bs,bsv->bv', jnp.exp(either - largest), probs_BxSxV)
+  starts_BxV = jnp.einsum('bs,bsv->bv', jnp.exp(either - largest), x.probs)
   # A token follows itself only across a blank.
-  again_Bx1xV = jax.nn.one_hot(prefix.last, probs_BxSxV.shape[-1])[:, None]
-  repeated_B = jnp.sum(jnp.exp(blank - largest)[..., None] * probs_BxSxV * again_Bx1xV, (1, 2))
-  starts_BxV = jnp.where(again_Bx1xV[:, 0] > 0, repeated_B[:, None], starts_BxV)
+  again_BxS = jnp.take_along_axis(x.probs, jnp.maximum(prefix.last, 0)[:, None, None], 2)[..., 0]
+  repeated_B = jnp.sum(jnp.exp(blank - largest) * again_BxS, 1)
+  is_last_BxV = jnp.arange(starts_BxV.shape[-1]) == prefix.last[:, None]
+  starts_BxV = jnp.where(is_last_BxV, repeated_B[:, None], starts_BxV)
   tiny = jnp.finfo(jnp.float32).tiny
   scores_BxV = largest + jnp.log(jnp.maximum(starts_BxV, tiny))
   ends_B = jnp.logaddexp(prefix.token[:, -1], prefix.blank[:, -1])

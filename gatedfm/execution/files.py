@@ -48,8 +48,10 @@ def parse_language(code: str) -> str:
   return languages.check(languages.BY_CODE.get(code, code)) if code else ''
 
 
-def check(recognizer: Recognizer, task: str, language: str) -> None:
-  """Raises ConfigError where the model does not know the task or language."""
+def check(recognizer: Recognizer, task: str, language: str, ctc: bool = False) -> None:
+  """Raises ConfigError where the model does not know the task or language, or CTC not the task."""
+  if ctc and task != 'asr':
+    raise ConfigError(f'CTC writes transcripts, not {task}: drop --ctc or ask for asr')
   t = recognizer.tokenizer
   if task not in t.tasks:
     raise ConfigError(f'this model does not do {task}; it does {" ".join(t.tasks)}')

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gatedfm.data.corpus import Assets
+from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.execution import ctc_prefix
 from gatedfm.gates import Gates
 from gatedfm.models.speech import Encoded, SpeechModel, for_inference
@@ -81,24 +81,35 @@ def greedy(
   caches = call(encoded, p + length, method='start')
   logits_BxPxV, caches = call(primer_BxP, 0, caches, encoded, method='step')
 
-  def choose(logits_BxV: jax.Array, prefix: ctc_prefix.Prefix, done_B: jax.Array) -> tuple:
-    heard_BxV = ctc_prefix.scores(ctc, prefix, eos)
-    score_BxV = (1 - ctc_weight) * jax.nn.log_softmax(logits_BxV) + ctc_weight * heard_BxV
+  # One token per frame is the most that CTC could write; padding adds none.
+  limit_B = jnp.sum(ctc.mask, 1)
+
+  def best(score_BxV: jax.Array, done_B: jax.Array) -> jax.Array:
     best_B = jnp.argmax(jnp.where(allowed_V, score_BxV, -jnp.inf), -1).astype(jnp.int32)
-    token_B = jnp.where(done_B, eos, best_B)
+    return jnp.where(done_B, eos, best_B)
+
+  def jointly(seen_BxV: jax.Array, prefix: ctc_prefix.Prefix, done_B: jax.Array) -> tuple:
+    heard_BxV = ctc_prefix.scores(ctc, prefix, eos)
+    token_B = best((1 - ctc_weight) * seen_BxV + ctc_weight * heard_BxV, done_B)
     gain_B = jnp.take_along_axis(heard_BxV, token_B[:, None], 1)[:, 0]
     return token_B, ctc_prefix.extend(ctc, prefix, token_B, gain_B)
+
+  def choose(logits_BxV: jax.Array, prefix: ctc_prefix.Prefix, done_B: jax.Array) -> tuple:
+    alone = lambda seen_BxV, prefix, done_B: (best(seen_BxV, done_B), prefix)
+    seen_BxV = jax.nn.log_softmax(logits_BxV)
+    return lax.cond(ctc_weight > 0, jointly, alone, seen_BxV, prefix, done_B)
 
   def write(carry: tuple) -> tuple:
     at, tokens_BxL, token_B, caches, prefix = carry
     logits_Bx1xV, caches = call(token_B[:, None], p + at, caches, encoded, method='step')
-    token_B, prefix = choose(logits_Bx1xV[:, 0], prefix, token_B == eos)
+    done_B = (token_B == eos) | (at + 1 >= limit_B)
+    token_B, prefix = choose(logits_Bx1xV[:, 0], prefix, done_B)
     return at + 1, tokens_BxL.at[:, at + 1].set(token_B), token_B, caches, prefix
 
   def unfinished(carry: tuple) -> jax.Array:
     return (carry[0] < steps - 1) & jnp.any(carry[2] != eos)
 
-  token_B, prefix = choose(logits_BxPxV[:, -1], ctc_prefix.start(ctc), jnp.zeros(b, bool))
+  token_B, prefix = choose(logits_BxPxV[:, -1], ctc_prefix.start(ctc), limit_B < 1)
   tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, 0].set(token_B)
   carry = jnp.zeros((), jnp.int32), tokens_BxL, token_B, caches, prefix
   return lax.while_loop(unfinished, write, carry)[1], logits_BxPxV[:, 0]
@@ -137,8 +148,8 @@ class Recognizer:
     )
     allowed = np.ones(self.tokenizer.vocab_size, bool)
     for token in (
-      0,
-      1,
+      self.tokenizer.blank,
+      self.tokenizer.unk,
       *(self.tokenizer.token_id(t) for t in self.tokenizer.tokens if t[:1] == '<'),
     ):
       allowed[token] = False
@@ -159,7 +170,7 @@ class Recognizer:
     workdir = Path(workdir)
     cfg = config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
-    assets = Assets.load(workdir / 'assets')
+    assets = Assets.load(workdir / ASSETS)
     return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, ctc_weight)
 
   def _forward(
@@ -218,8 +229,7 @@ class Recognizer:
       task: `asr`, `st_xxx` or `lid`.
       languages: ISO 639-3 code of each utterance; not read for `lid`.
       gates: overrides the predictor.
-      max_tokens: cap of new tokens; 0 is one per encoder frame (the finest that CTC could
-        write), within the model's limit.
+      max_tokens: cap of new tokens, within the model's limit; 0 is one per encoder frame.
 
     Raises:
       ValueError: a language or task that the model does not know, with those it knows.
@@ -275,6 +285,6 @@ def bucket(frames: int) -> int:
     if frames <= size:
       return size
   raise ValueError(
-    f'{frames / 100:.1f} s of audio; the model takes at most {BUCKETS[-1] / 100:.0f} s: '
+    f'{frames / 100:.1f} s of audio; the model takes at most {BUCKETS[-1] / 100:.1f} s: '
     'cut the file into shorter pieces'
   )

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gatedfm import gates as gates_lib
 from gatedfm.gates import Gates
 from gatedfm.models import decoder as decoder_lib
 from gatedfm.models import encoder as encoder_lib
@@ -89,8 +90,12 @@ class SpeechModel(nn.Module):
       features_BxTxM: normalised log-mel, anything beyond `frames_B` is ignored.
       frames_B: valid frames per example.
       context: language, task and how gates are decided.
-      gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site.
+      gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site. Sites that
+        it does not name are open.
       deterministic: False turns dropout on.
+
+    Raises:
+      ValueError: gates for a site that the model has not, or of a wrong shape.
     """
     cfg = self.cfg
     mask_BxT = jnp.arange(features_BxTxM.shape[1]) < frames_B[:, None]
@@ -103,7 +108,7 @@ class SpeechModel(nn.Module):
       mask_BxS = jnp.arange(x.shape[1]) < subsampling.subsampled_length(frames_B)[:, None]
     x = self.drop(subsampling.add_positions(x), deterministic)
 
-    given = {s: gates.stack(s, cfg.all_sites()) if gates else {} for s in ('encoder', 'decoder')}
+    given = self._given(gates)
     pooled_BxD = gating.masked_mean(x, mask_BxS)
     if not gates and cfg.predicts('encoder') and cfg.gates.scope == 'global':
       given['encoder'] = self.encoder_gates(pooled_BxD, context)
@@ -117,6 +122,15 @@ class SpeechModel(nn.Module):
       given['decoder'] = {m: g.reshape(cfg.decoder_layers, -1) for m, g in decided.items()}
     used = Gates({f'{s}/{m}': g for s, stack_ in given.items() for m, g in stack_.items()})
     return Encoded(memory_BxSxD, mask_BxS, used)
+
+  def _given(self, gates: Gates | None) -> dict[str, dict[str, jax.Array]]:
+    """Gates of the caller by stack and module; empty where the predictor decides."""
+    if gates is None:
+      return {'encoder': {}, 'decoder': {}}
+    sites = self.cfg.all_sites()
+    whole = Gates({s.name: jnp.ones(()) for s in sites} | dict(gates.values))
+    gates_lib.validate(whole, sites)
+    return {s: whole.stack(s, sites) for s in ('encoder', 'decoder')}
 
   def __call__(
     self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 FOLDER = 'checkpoints'
@@ -32,15 +33,16 @@ class Checkpoints:
   Args:
     workdir: checkpoints go to its folder `checkpoints`.
     keep: how many of the latest stay.
+    mine: whether this process trains here, and may clear what a killed run left half-written.
   """
 
-  def __init__(self, workdir: Path, keep: int = 2):
+  def __init__(self, workdir: Path, keep: int = 2, mine: bool = True):
     self._workdir = workdir
     self._manager = ocp.training.Checkpointer(
       (workdir / FOLDER).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=mine,
     )
 
   @property
@@ -110,6 +112,22 @@ def _check(workdir: Path, abstract: Any, saved: Any, optional: str = '') -> None
     )
 
 
+def latest_step(workdir: Path) -> int:
+  """Step of the newest complete checkpoint of a workdir, which is only read.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    raise CheckpointError(f'{workdir} has no checkpoints; give the workdir of a training run')
+  # What is still being written, by a run that goes on, has a longer name.
+  steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+  if not steps:
+    raise CheckpointError(f'{folder} holds no complete checkpoint; train first')
+  return max(steps)
+
+
 def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   """The parameters of a workdir's newest checkpoint.
 
@@ -123,19 +141,16 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   Raises:
     CheckpointError: no checkpoint, or parameters that do not match, all of them by name.
   """
-  folder = workdir / FOLDER
-  if not folder.is_dir():
-    raise CheckpointError(f'{workdir} has no checkpoints; give the workdir of a training run')
+  folder, step = workdir / FOLDER, latest_step(workdir)
   with ocp.training.Checkpointer(folder.absolute()) as manager:
-    if not manager.latest:
-      raise CheckpointError(f'{folder} holds no complete checkpoint; train first')
-    step = manager.latest.step
     saved = manager.checkpointables_metadata(step).metadata['state']['params']
   if abstract is None:
     target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
   else:
     _check(workdir, abstract, saved, optional)
-    target = {k: v for k, v in abstract.items() if k in saved}
+    have = traverse_util.flatten_dict(saved)
+    kept = {k: v for k, v in traverse_util.flatten_dict(abstract).items() if k in have}
+    target = traverse_util.unflatten_dict(kept)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   with context:

@@ -60,7 +60,7 @@ class SparsityConfig:
 
   target: float = 0.5
   ramp: float = 0.3
-  weight: float = 10.0
+  weight: float = 100.0
   penalty: str = 'abs_squared'
   count: str = 'modules'
   per_stack: bool = False
@@ -137,6 +137,8 @@ class TrainConfig:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least 1')
     if not 0 <= self.ctc_weight <= 1 or not 0 <= self.smoothing < 1:
       raise ConfigError('ctc_weight lies in [0, 1] and smoothing in [0, 1)')
+    if not 0 <= self.augment.tempo < 1 or not 0 <= self.augment.formant < 1:
+      raise ConfigError('augment.tempo and augment.formant lie in [0, 1)')
     if self.init_from and self.continue_from:
       raise ConfigError('init_from and continue_from exclude each other; drop one')
 

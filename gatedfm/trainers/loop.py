@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from gatedfm import partitioning
 from gatedfm.data import corpus, pipeline
@@ -23,8 +24,9 @@ from gatedfm.trainers import checkpoints, log, optimizer, step
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
+from gatedfm.trainers.optimizer import GATE_MODULES as GATES
 
-ASSETS = 'assets'
+CONFIG = 'config.json'
 
 
 class WorkdirError(ValueError):
@@ -67,25 +69,26 @@ def resolve_dtype(name: str) -> str:
   return 'bfloat16' if cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text() else 'float32'
 
 
-def _claim(cfg: TrainConfig, workdir: Path) -> None:
-  """Writes `config.json`, or checks that the workdir belongs to this configuration."""
-  path, mine = workdir / 'config.json', config_lib.to_dict(cfg)
-  saved = checkpoints.load_config(workdir) if path.exists() else mine
+def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
+  """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
+  if not (workdir / CONFIG).exists():
+    return
+  saved, mine = checkpoints.load_config(workdir), config_lib.to_dict(cfg)
   if changed := config_lib.differences(saved, mine):
     raise WorkdirError(
       f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
       + '\nChoose another --workdir, or remove this one to start over.'
     )  # fmt: skip
-  log.write_atomically(path, json.dumps(mine, indent=1) + '\n')
 
 
 def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
   """Tokenizer and feature statistics: this run's, its parent's, or made now."""
-  folder = workdir / ASSETS
+  folder = workdir / corpus.ASSETS
   parent = cfg.init_from or cfg.continue_from
-  if not (folder / corpus.STATS).exists():
+  # Without a configuration beside them they are another's, whose run was refused.
+  if not (workdir / CONFIG).exists():
     if parent:
-      corpus.Assets.load(Path(parent) / ASSETS).save(folder)
+      corpus.Assets.load(Path(parent) / corpus.ASSETS).save(folder)
     else:
       with _naming('vocab, data.tasks'):
         assets = corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad)
@@ -126,20 +129,20 @@ def _restore(
     return state, progress
   nothing = {'next_batch': 0, 'seconds': 0.0}
   if cfg.continue_from:
-    with checkpoints.Checkpoints(Path(cfg.continue_from)) as other:
+    with checkpoints.Checkpoints(Path(cfg.continue_from), mine=False) as other:
       if other.latest is None:
         raise checkpoints.CheckpointError(f'{cfg.continue_from} holds no checkpoint to continue')
       state, progress = other.load(abstract)
     say(f'restore: continuing from {cfg.continue_from}')
     return state, progress
   if cfg.init_from:  # refused, if it must be, before anything is compiled
-    loaded = checkpoints.load_params(
-      Path(cfg.init_from), abstract.params, ' '.join(optimizer.GATE_MODULES)
-    )
+    loaded = checkpoints.load_params(Path(cfg.init_from), abstract.params, ' '.join(GATES))
   state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
   if cfg.init_from:
-    fresh = sorted(set(state.params) - set(loaded))
-    state = state.replace(params=state.params | loaded)
+    made = traverse_util.flatten_dict(state.params)
+    taken = traverse_util.flatten_dict(loaded)
+    fresh = sorted({name for path in set(made) - set(taken) for name in path if name in GATES})
+    state = state.replace(params=traverse_util.unflatten_dict(made | taken))
     say(f'restore: parameters of {cfg.init_from}' + (f', fresh {fresh}' if fresh else ''))
   else:
     say('restore: nothing to restore, starting from scratch')
@@ -167,8 +170,9 @@ class Evaluator:
   def __call__(self, params: Any, gating_now: dict[str, Any]) -> dict[str, float]:
     rows = []
     for batch in pipeline.eval_batches(
-      self._split.examples, self._split.caches, self._split.shapes
-    ):
+      self._split.examples, self._split.caches, self._split.shapes,
+      jax.process_index(), jax.process_count(),
+    ):  # fmt: skip
       rows.append(self._step(params, _on_device(batch, self._mesh), gating_now))
     rows = jax.device_get(rows)
     weight = np.array([r['count'] for r in rows], np.float64)
@@ -202,6 +206,9 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
     FloatingPointError: a loss that is not finite, naming step and utterances.
     Stopped: SIGTERM, after saving.
   """
+  if not isinstance(cfg, TrainConfig):
+    raise ConfigError(f'the configuration is a {type(cfg).__name__}, not a TrainConfig: run '
+                      'several points with python -m gatedfm.sweep')  # fmt: skip
   cfg.validate()
   workdir = Path(workdir)
   for parent in filter(None, (cfg.init_from, cfg.continue_from)):
@@ -211,7 +218,7 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)
   cfg = complete(cfg, _assets(cfg, workdir, data_dir))
-  _claim(cfg, workdir)
+  _check_owner(cfg, workdir)
   with partitioning.activate(mesh), checkpoints.Checkpoints(workdir, cfg.keep) as ckpt:
     if ckpt.latest is not None and ckpt.latest >= cfg.steps:
       say(f'{workdir}: already trained to step {ckpt.latest}')
@@ -222,7 +229,7 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
 def _run(
   cfg: TrainConfig, workdir: Path, data_dir: Path, mesh: Any, ckpt: checkpoints.Checkpoints
 ) -> None:
-  assets = corpus.Assets.load(workdir / ASSETS)
+  assets = corpus.Assets.load(workdir / corpus.ASSETS)
   replicas = mesh.shape['data'] * mesh.shape['fsdp']
   opened = lambda split: corpus.open_split(
     cfg.data, assets, split, data_dir, replicas, cfg.skip_bad, say
@@ -238,6 +245,8 @@ def _run(
   init = step.make_init(cfg)
   shardings = partitioning.shardings(init, mesh, jax.random.key(0))
   state, progress = _restore(cfg, ckpt, init, shardings)
+  # Nothing was refused: from here on the workdir is this configuration's.
+  log.write_atomically(workdir / CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n')
   batches.set_state({'next_batch': int(progress['next_batch'])})
   train_step = step.make_train_step(cfg, assets.stats, shardings)
 
@@ -315,6 +324,7 @@ class _Window:
 
   def __init__(self, cfg: TrainConfig):
     self._cfg = cfg
+    self._cost: dict[tuple[int, int], float] = {}
     self._reset()
 
   def _reset(self) -> None:
@@ -325,8 +335,10 @@ class _Window:
   def count(self, batch: dict[str, np.ndarray]) -> None:
     size, frames = batch['features'].shape[:2]
     tokens = batch['decoder_input'].shape[1]
-    self._utterances += size
-    self._macs += size * speech_costs.total_macs(self._cfg.model, frames, tokens)
+    if (frames, tokens) not in self._cost:  # computed by jax, which would wait for the step
+      self._cost[frames, tokens] = speech_costs.total_macs(self._cfg.model, frames, tokens)
+    self._utterances += size * jax.process_count()
+    self._macs += size * jax.process_count() * self._cost[frames, tokens]
 
   def add(self, values: dict[str, float]) -> None:
     self._rows.append(values)

@@ -65,7 +65,7 @@ def test_gate_map_puts_each_fraction_into_its_cell(summary):
 
 def test_quality_against_time_places_points_and_bars(summary):
   points = summary['points']
-  points['gated_0.5']['intervals'] = {'cer': [0.13, 0.16], 'time_ratio': None}
+  points['gated_0.5']['interval'] = {'cer': [0.13, 0.16]}
   points['gated_0.7']['time_ratio'] = None
   axes = plots.quality_against_time(points).axes[0]
   places = [tuple(c.get_offsets()[0]) for c in axes.collections if c.get_label() in points]

@@ -198,8 +198,8 @@ def test_batches_hold_what_the_examples_say(data):
 
 
 def test_evaluation_sees_each_example_once_by_length(data):
-  evaluate = lambda workers=0, *host: list(
-    pipeline.eval_batches(data.examples, data.caches, data.shapes, workers, *host)
+  evaluate = lambda *host: list(
+    pipeline.eval_batches(data.examples, data.caches, data.shapes, *host)
   )
   batches = evaluate()
   assert set(seen(batches).values()) == {1}
@@ -209,8 +209,7 @@ def test_evaluation_sees_each_example_once_by_length(data):
   padded = [batch for batch in batches if not batch['valid'].all()]
   assert 0 < len(padded) <= len(data.shapes)
   assert all((batch['frames'] > 0).all() for batch in batches)
-  assert_same(evaluate(2), batches)
-  halves = [evaluate(0, 0, 2), evaluate(0, 1, 2)]
+  halves = [evaluate(0, 2), evaluate(1, 2)]
   assert sum(map(seen, halves), collections.Counter()) == seen(batches)
 
 

@@ -135,7 +135,11 @@ def swept(runs, tone_data, fast_compilation):
   cfg = tiny_run.sweep(tone_data)
   # A second dense model, as another seed would be.
   shutil.copytree(runs / 'dense', runs / 'dense_seed1')
-  cfg.points = {'dense': cfg.points['dense'], 'dense_seed1': None, 'gated': cfg.points['gated']}
+  cfg.points = {
+    'dense': cfg.points['dense'],
+    'dense_seed1': copy.deepcopy(cfg.points['dense']),
+    'gated': cfg.points['gated'],
+  }
   sweep.run(cfg, runs)
   patch.undo()
   return commands

@@ -93,7 +93,7 @@ def test_long_utterances_stay_accurate():
 
 def test_padding_changes_nothing():
   x = inputs(2, (4, FRAMES))
-  alone = ctc_prefix.Frames(x.log_probs[:1, :4], x.mask[:1, :4])
+  alone = jax.tree.map(lambda a: a[:1, :4], x)
   for text in ((), (1,), (2, 2)):
     a, b = prefix_of(x, text), prefix_of(alone, text)
     np.testing.assert_allclose(

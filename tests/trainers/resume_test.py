@@ -92,6 +92,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tone_data, dense_ru
   data_dir, workdir = tmp_path / 'cache', tmp_path / 'run'
   shutil.copytree(tone_data / 'cache', data_dir)
   shutil.copytree(dense_run / 'assets', workdir / 'assets')
+  shutil.copy(dense_run / 'config.json', workdir)
   cache = split.caches[0]
   path = data_dir / 'features' / cache.path.name / 'features.f32'
   poisoned = np.memmap(path, np.float32, 'r+').reshape(-1, 80)
