@@ -8,6 +8,9 @@ import jax
 from gatedfm.models.speech_config import SpeechConfig
 from gatedfm.nn import gating
 
+# Names under which predictors stand among a model's parameters.
+GATE_MODULES = ('encoder_gates', 'decoder_gates', 'gate_predictor')
+
 
 class GatePredictor(nn.Module):
   """Pooled speech and context -> gates of `layers` layers of a stack, `{module: [layers, B]}`.

@@ -19,7 +19,7 @@ from gatedfm.gates import Gates
 from gatedfm.models import decoder as decoder_lib
 from gatedfm.models import encoder as encoder_lib
 from gatedfm.models import stack
-from gatedfm.models.gate_predictor import GatePredictor
+from gatedfm.models.gate_predictor import GATE_MODULES, GatePredictor
 from gatedfm.models.speech_config import SpeechConfig
 from gatedfm.nn import gating, layers, subsampling
 
@@ -176,6 +176,18 @@ def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:
 def for_inference(
   cfg: SpeechConfig, params: dict[str, Any], execution: str = 'mask'
 ) -> tuple[SpeechModel, dict[str, Any]]:
-  """The model and parameters in the unrolled layout, which skipping and decoding need."""
+  """The model and parameters in the unrolled layout, which skipping and decoding need.
+
+  Matrices come in the type of their products: cast once here instead of at every call and,
+  behind a gate, at every token.
+  """
   cfg = dataclasses.replace(cfg, scan_layers=False, remat='none', execution=execution)
-  return SpeechModel(cfg), stack.unstack(params)
+  dtype = jnp.dtype(cfg.dtype)
+
+  def cast(path: tuple, x: jax.Array) -> jax.Array:
+    names = [k.key for k in path]
+    # Gates are decided, and depthwise convolutions computed, in float32.
+    exact = 'conv' in names or any(name in GATE_MODULES for name in names)
+    return x.astype(dtype) if names[-1] == 'kernel' and not exact else x
+
+  return SpeechModel(cfg), jax.tree_util.tree_map_with_path(cast, stack.unstack(params))

@@ -20,11 +20,11 @@ from gatedfm.data import corpus, pipeline
 from gatedfm.data.sources import default_data_dir
 from gatedfm.data.types import DataError
 from gatedfm.models import speech_costs
+from gatedfm.models.gate_predictor import GATE_MODULES as GATES
 from gatedfm.trainers import checkpoints, log, optimizer, step
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
-from gatedfm.trainers.optimizer import GATE_MODULES as GATES
 
 CONFIG = 'config.json'
 

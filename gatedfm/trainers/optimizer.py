@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.trainers.config import OptimizerConfig, SparsityConfig
-
-GATE_MODULES = ('encoder_gates', 'decoder_gates', 'gate_predictor')
 
 
 def is_gate(path: tuple) -> bool:
