@@ -127,7 +127,7 @@ def test_macs_are_those_of_the_traced_model(name, frames, monkeypatch):
   for i in range(tokens):
     # A cache of just the tokens there are: a longer one multiplies masked positions too.
     caches = jax.eval_shape(lambda p, e, i=i: start(p, e, i + 1), params, encoded)
-    step = lambda p, c, e, i=i: call('step', p, jnp.zeros(1, int), i, c, e)
+    step = lambda p, c, e, i=i: call('step', p, jnp.zeros((1, 1), int), i, c, e)
     total += macs(step, params, caches, encoded)
     assert total == speech_costs.total_macs(cfg, frames, i + 1)
 
