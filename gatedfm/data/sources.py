@@ -41,28 +41,28 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
     DataError: unknown source, option or split, or data that cannot be had.
   """
   splits.check_split(split)
-  check(spec)
+  opener, options, path = parse(spec)
   data_dir = Path(data_dir) if data_dir else default_data_dir()
+  if opener is _manifest:
+    return _manifest(split, data_dir, Path(path).expanduser(), skip_bad, **options)
+  return opener(split, data_dir, **options)
+
+
+def parse(spec: str) -> tuple[Callable[..., Source], dict[str, Any], str]:
+  """Opener, its options and what follows a colon (a manifest's path); prepares nothing.
+
+  Raises:
+    DataError: unknown source or option, or a bad value.
+  """
   name, _, query = spec.partition('?')
   if name == 'auto':
     name = 'stamps' if fetch.has_apt() else 'espeak'
   kind, _, path = name.partition(':')
-  if kind == 'manifest' and path:
-    options = _options(spec, query, _manifest)
-    return _manifest(split, data_dir, Path(path).expanduser(), skip_bad, **options)
-  return _OPENERS[name](split, data_dir, **_options(spec, query, _OPENERS[name]))
-
-
-def check(spec: str) -> None:
-  """Raises DataError on an unknown source or option; nothing is prepared."""
-  name, _, query = spec.partition('?')
-  kind, _, path = name.partition(':')
   opener = _manifest if kind == 'manifest' and path else _OPENERS.get(name)
-  if opener:
-    _options(spec, query, opener)
-  elif name != 'auto':
+  if opener is None:
     known = '\n'.join(f'  {key:<14} {what}' for key, what in KNOWN.items())
     raise DataError(f'unknown source {spec!r}; known are\n{known}')
+  return opener, _options(spec, query, opener), path
 
 
 def describe(source: Source) -> str:

@@ -84,11 +84,10 @@ def evaluate(
   path = workdir / f'evaluation_{split}.json'
   cfg = load_train_config(workdir)
   folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
-  opened = corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)
   key = {
     'step': checkpoints.latest_step(workdir),
     'split': split,
-    'data': [s.fingerprint for s in opened],
+    'data': [s.fingerprint for s in corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)],
     'other': other,
     'ctc_weight': ctc_weight,
   }

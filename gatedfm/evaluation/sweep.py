@@ -12,6 +12,7 @@ from typing import Any
 
 from gatedfm.data import sources
 from gatedfm.data.types import SPLITS
+from gatedfm.execution.recognizer import CTC_WEIGHT
 from gatedfm.trainers import log
 from gatedfm.trainers.config import ConfigError, TrainConfig, choice
 from gatedfm.trainers.log import say
@@ -36,7 +37,7 @@ class SweepConfig:
   baseline: str = 'dense'
   other: str = ''
   split: str = 'test'
-  ctc_weight: float = 0.3
+  ctc_weight: float = CTC_WEIGHT
   timed: int = 40
   rounds: int = 5
   longest: int = 256
@@ -51,7 +52,7 @@ class SweepConfig:
     if self.timed < 1 or self.rounds < 1:
       raise ConfigError('timed and rounds must be at least 1')
     if self.other:
-      sources.check(self.other)
+      sources.parse(self.other)
     for name, point in self.points.items():
       point.validate()
       if self.other and 'lid' not in point.data.tasks:

@@ -17,6 +17,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 FOLDER = 'checkpoints'
+CONFIG = 'config.json'
 
 
 class CheckpointError(ValueError):
@@ -164,7 +165,7 @@ def load_config(workdir: Path) -> dict[str, Any]:
   Raises:
     CheckpointError: there is none.
   """
-  path = workdir / 'config.json'
+  path = workdir / CONFIG
   if not path.exists():
     raise CheckpointError(f'{workdir} has no config.json; give the workdir of a training run')
   return json.loads(path.read_text())

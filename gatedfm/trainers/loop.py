@@ -20,13 +20,11 @@ from gatedfm.data import corpus, pipeline
 from gatedfm.data.sources import default_data_dir
 from gatedfm.data.types import DataError
 from gatedfm.models import speech_costs
-from gatedfm.models.gate_predictor import GATE_MODULES as GATES
+from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.trainers import checkpoints, log, optimizer, step
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
-
-CONFIG = 'config.json'
 
 
 class WorkdirError(ValueError):
@@ -71,7 +69,7 @@ def resolve_dtype(name: str) -> str:
 
 def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
   """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
-  if not (workdir / CONFIG).exists():
+  if not (workdir / checkpoints.CONFIG).exists():
     return
   saved, mine = checkpoints.load_config(workdir), config_lib.to_dict(cfg)
   if changed := config_lib.differences(saved, mine):
@@ -86,7 +84,7 @@ def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
   folder = workdir / corpus.ASSETS
   parent = cfg.init_from or cfg.continue_from
   # Without a configuration beside them they are another's, whose run was refused.
-  if not (workdir / CONFIG).exists():
+  if not (workdir / checkpoints.CONFIG).exists():
     if parent:
       corpus.Assets.load(Path(parent) / corpus.ASSETS).save(folder)
     else:
@@ -136,12 +134,14 @@ def _restore(
     say(f'restore: continuing from {cfg.continue_from}')
     return state, progress
   if cfg.init_from:  # refused, if it must be, before anything is compiled
-    loaded = checkpoints.load_params(Path(cfg.init_from), abstract.params, ' '.join(GATES))
+    loaded = checkpoints.load_params(Path(cfg.init_from), abstract.params, ' '.join(GATE_MODULES))
   state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
   if cfg.init_from:
     made = traverse_util.flatten_dict(state.params)
     taken = traverse_util.flatten_dict(loaded)
-    fresh = sorted({name for path in set(made) - set(taken) for name in path if name in GATES})
+    fresh = sorted(
+      {name for path in set(made) - set(taken) for name in path if name in GATE_MODULES}
+    )
     state = state.replace(params=traverse_util.unflatten_dict(made | taken))
     say(f'restore: parameters of {cfg.init_from}' + (f', fresh {fresh}' if fresh else ''))
   else:
@@ -246,7 +246,9 @@ def _run(
   shardings = partitioning.shardings(init, mesh, jax.random.key(0))
   state, progress = _restore(cfg, ckpt, init, shardings)
   # Nothing was refused: from here on the workdir is this configuration's.
-  log.write_atomically(workdir / CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n')
+  log.write_atomically(
+    workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
+  )
   batches.set_state({'next_batch': int(progress['next_batch'])})
   train_step = step.make_train_step(cfg, assets.stats, shardings)
 
