@@ -98,3 +98,11 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   """Makes each process's rows into global arrays over `mesh`."""
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def abstract_batch(
+  arrays: dict[str, tuple[tuple[int, ...], Any]], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `global_batch` makes of a batch, as shapes, types and shardings alone."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.ShapeDtypeStruct(s, d, sharding=sharding) for k, (s, d) in arrays.items()}

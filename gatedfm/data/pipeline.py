@@ -17,6 +17,7 @@ __all__ = [
   'Examples',
   'Shape',
   'TrainIterator',
+  'batch_arrays',
   'batch_shapes',
   'build_examples',
   'eval_batches',
@@ -96,6 +97,18 @@ def _collate(
     batch['ctc_labels'][b, : len(labels)] = labels
     batch['ctc_length'][b] = len(labels)
   return batch
+
+
+def batch_arrays(shape: Shape) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Shape and type, over all hosts, of every array of a batch that goes to the devices."""
+  b = shape.batch
+  return {
+    'features': ((b, shape.frames, N_MELS), np.float32),
+    'decoder_input': ((b, shape.tokens), np.int32),
+    'decoder_target': ((b, shape.tokens), np.int32),
+    'ctc_labels': ((b, shape.labels), np.int32),
+    'valid': ((b,), np.bool_),
+  } | dict.fromkeys(('frames', 'ctc_length', 'language', 'task'), ((b,), np.int32))
 
 
 def _check_caches(examples: Examples, caches: Sequence[FeatureCache]) -> None:

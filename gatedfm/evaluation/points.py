@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from gatedfm import compiling, metrics
 from gatedfm import gates as gates_lib
-from gatedfm import metrics
 from gatedfm.data import corpus, features, sources
 from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
@@ -98,6 +98,8 @@ def evaluate(
   recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
   assets = corpus.Assets.load(workdir / corpus.ASSETS)
   opened = _splits(cfg, assets, split, other, folder)
+  shapes = dict.fromkeys((s.batch, s.frames) for x in opened.values() for s in x.shapes)
+  compiling.wait([recognizer.prepare(*shape) for shape in shapes], say)
   gate_map, outputs = quality.decode_all(recognizer, opened['same'])
   counts = quality.counts(outputs)
   result = {name: c.scores() for name, c in counts.items() if name != 'lid'}

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from gatedfm import compiling
 from gatedfm.data import features
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
+from gatedfm.trainers.log import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +55,17 @@ def side_by_side(
 
   Returns: per point `seconds_per_utterance` (median over utterances of the median over
     rounds, quartiles over utterances), `time_ratio` (sum over utterances, of the medians),
-    `time_ratio_by_task`, `compile_seconds`, `peak_memory_bytes` of the largest program.
+    `time_ratio_by_task`, `compile_seconds` of all shapes, `peak_memory_bytes` of the largest
+    program.
   """
   compile_seconds = {}
+  by_length = {recognizer_lib.bucket(int(features.num_frames(len(u.audio)))): u for u in utterances}
   for name, recognizer in recognizers.items():
     start = time.perf_counter()
-    shapes = set()
-    for u in utterances:
-      shape = recognizer_lib.bucket(int(features.num_frames(len(u.audio))))
-      if shape not in shapes:
-        shapes.add(shape)
-        jax.block_until_ready(run_once(recognizer, u))
+    compiling.wait([recognizer.prepare(1, frames) for frames in by_length], say)
     compile_seconds[name] = time.perf_counter() - start
+    for u in by_length.values():  # what happens only the first time
+      jax.block_until_ready(run_once(recognizer, u))
 
   names = list(recognizers)
   seconds = {n: np.zeros((rounds, len(utterances))) for n in names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gatedfm import compiling
 from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.execution import ctc_prefix
 from gatedfm.gates import Gates
@@ -155,8 +157,7 @@ class Recognizer:
       allowed[token] = False
     allowed[self.tokenizer.eos] = True
     self._allowed = jnp.asarray(allowed)
-    self._run = jax.jit(self._forward, static_argnames='length')
-    self._programs: dict[tuple, Any] = {}
+    self._programs = compiling.Programs(jax.jit(self._forward, static_argnames='length'))
 
   @classmethod
   def load(
@@ -239,19 +240,29 @@ class Recognizer:
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
-    length = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens - primer.shape[1])
+    length = self._length(features_BxTxM.shape[1], max_tokens)
     # A language is known from the primer; CTC knows nothing of other languages' texts.
     steps = np.int32(length if known else 0)
     weight = np.float32(self._ctc_weight if task == 'asr' else 0)
-    shape = (features_BxTxM.shape, length, gates is None)
     args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, steps, weight, gates)
-    if shape not in self._programs:
-      self._programs[shape] = self._run.lower(*args, length=length).compile()
-    return self._programs[shape](*args)
+    key = (features_BxTxM.shape[:2], length, gates is None)
+    return self._programs(key, *args, length=length)
+
+  def _length(self, frames: int, max_tokens: int) -> int:
+    primer = 3 + len(self._suffix)
+    return min(max_tokens or frames // 4, self.cfg.max_tokens - primer)
+
+  def prepare(self, batch: int, frames: int) -> futures.Future:
+    """Starts compiling for `batch` utterances of `frames`, of any task: what to wait for."""
+    ids, length = np.zeros(batch, np.int32), self._length(frames, 0)
+    features = np.zeros((batch, frames, self.cfg.mels), np.float32)
+    primer = self.primer('lid', [''] * batch)
+    args = (self.params, features, ids, ids, ids, primer, np.int32(0), np.float32(0), None)
+    return self._programs.prepare(((batch, frames), length, True), *args, length=length)
 
   def program_bytes(self) -> int:
     """Memory of the largest program so far: parameters, inputs, outputs and temporaries."""
-    stats = [p.memory_analysis() for p in self._programs.values()]
+    stats = [p.memory_analysis() for p in self._programs.executables()]
     return max(
       m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes for m in stats
     )

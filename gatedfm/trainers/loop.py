@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from gatedfm import partitioning
+from gatedfm import compiling, partitioning
 from gatedfm.data import corpus, pipeline
 from gatedfm.data.sources import default_data_dir
 from gatedfm.data.types import DataError
-from gatedfm.models import speech_costs
 from gatedfm.models.gate_predictor import GATE_MODULES
-from gatedfm.trainers import checkpoints, log, optimizer, step
+from gatedfm.trainers import checkpoints, log, optimizer, step, throughput
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
@@ -165,7 +165,12 @@ class Evaluator:
 
   def __init__(self, cfg: TrainConfig, assets: corpus.Assets, split: corpus.Split, mesh: Any):
     self._split, self._mesh = split, mesh
-    self._step = step.make_eval_step(cfg, assets.stats)
+    self._step = step.EvalStep(cfg, assets.stats)
+
+  def prepare(self, params: Any, gating_now: dict[str, Any]) -> None:
+    """Starts compiling for every batch shape."""
+    for shape in self._split.shapes:
+      self._step.prepare(params, _abstract_batch(shape, self._mesh), gating_now)
 
   def __call__(self, params: Any, gating_now: dict[str, Any]) -> dict[str, float]:
     rows = []
@@ -180,6 +185,10 @@ class Evaluator:
     return {f'validation/{k}': mean(k) for k in rows[0] if k != 'count'}
 
 
+def _abstract_batch(shape: pipeline.Shape, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  return partitioning.abstract_batch(pipeline.batch_arrays(shape), mesh)
+
+
 def _on_device(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
   return partitioning.global_batch({k: v for k, v in batch.items() if k != 'index'}, mesh)
 
@@ -191,6 +200,29 @@ def _check_finite(values: dict[str, float], at: int, ids: list[str]) -> None:
       f'step {at}: {", ".join(bad)} is not finite. Batch: {" ".join(ids)}. The last checkpoint '
       'is sound; lower optimizer.peak_lr or leave these utterances out.'
     )
+
+
+def _prepare(
+  train_step: step.TrainStep,
+  evaluate: Evaluator,
+  state: step.TrainState,
+  gating_now: dict[str, Any],
+  split: corpus.Split,
+  first: tuple[int, int],
+  mesh: Any,
+) -> dict[tuple[int, int], list[futures.Future]]:
+  """Starts compiling everything; returns what a batch `[B, T]` of this host waits for.
+
+  The batch shape `first` is compiled first.
+  """
+  say(f'compiling: {len(split.shapes) + 1} programs, {compiling.workers()} at a time')
+  mine = lambda shape: (shape.batch // jax.process_count(), shape.frames)
+  programs = {
+    mine(shape): train_step.prepare(state, _abstract_batch(shape, mesh), gating_now)
+    for shape in sorted(split.shapes, key=lambda shape: mine(shape) != first)
+  }
+  evaluate.prepare(state.params, gating_now)
+  return programs
 
 
 def train(cfg: TrainConfig, workdir: Path | str) -> None:
@@ -250,7 +282,7 @@ def _run(
     workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
   )
   batches.set_state({'next_batch': int(progress['next_batch'])})
-  train_step = step.make_train_step(cfg, assets.stats, shardings)
+  train_step = step.TrainStep(cfg, assets.stats, shardings)
 
   first = int(state.step)
   if first >= cfg.steps:
@@ -265,9 +297,9 @@ def _run(
   main = jax.process_index() == 0
   logger = log.Log(workdir, first, cfg.tensorboard) if main else None
   clock = log.Clock(first, cfg.steps, progress['seconds'])
-  compiled: set[tuple[int, ...]] = set()
+  programs: dict[tuple[int, ...], list[futures.Future]] = {}
   pending: tuple[int, Any, np.ndarray] | None = None
-  window = _Window(cfg)
+  window = throughput.Window(cfg)
 
   def settle() -> None:
     """Fetches the previous step's metrics, so that the device never waits for the host."""
@@ -286,14 +318,16 @@ def _run(
   with _sigterm() as terminated, contextlib.closing(batches):
     for at in range(first + 1, cfg.steps + 1):
       batch = next(batches)
-      began, shape = time.perf_counter(), batch['features'].shape
+      shape = batch['features'].shape[:2]
       gating_now = optimizer.sparsity_schedule(cfg.sparsity, cfg.steps, at - 1)
-      state, metrics = train_step(state, _on_device(batch, mesh), gating_now)
-      if shape not in compiled:
-        compiled.add(shape)
-        jax.block_until_ready(state)
+      if not programs:
+        programs = _prepare(train_step, evaluate, state, gating_now, train_split, shape, mesh)
+      if programs[shape]:
+        began = time.perf_counter()
+        compiling.wait(programs[shape], say)
+        programs[shape] = []
         clock.pause(time.perf_counter() - began)
-        say(f'compiled batch shape {shape[0]}x{shape[1]} in {time.perf_counter() - began:.1f} s')
+      state, metrics = train_step(state, _on_device(batch, mesh), gating_now)
       settle()
       pending = (at, metrics, batch['index'])
       window.count(batch)
@@ -302,14 +336,14 @@ def _run(
         values = window.close()
         if logger:
           logger.write(at, values)
-          say(_line(cfg, at, values, clock))
+          say(throughput.line(cfg, at, values, clock))
       if at % cfg.eval_every == 0 or at == cfg.steps:
         began = time.perf_counter()
         values = evaluate(state.params, gating_now)
         clock.pause(time.perf_counter() - began)
         if logger:
           logger.write(at, values)
-          say('  ' + _brief('validation', values))
+          say('  ' + throughput.brief('validation', values))
       if at % cfg.checkpoint_every == 0 or at == cfg.steps:
         save(at)
       if terminated:
@@ -319,62 +353,3 @@ def _run(
         raise Stopped(143)
   if logger:
     logger.close()
-
-
-class _Window:
-  """Metrics averaged over a logging interval, and its throughput."""
-
-  def __init__(self, cfg: TrainConfig):
-    self._cfg = cfg
-    self._cost: dict[tuple[int, int], float] = {}
-    self._reset()
-
-  def _reset(self) -> None:
-    self._rows: list[dict[str, float]] = []
-    self._utterances, self._macs = 0, 0.0
-    self._start = time.perf_counter()
-
-  def count(self, batch: dict[str, np.ndarray]) -> None:
-    size, frames = batch['features'].shape[:2]
-    tokens = batch['decoder_input'].shape[1]
-    if (frames, tokens) not in self._cost:  # computed by jax, which would wait for the step
-      self._cost[frames, tokens] = speech_costs.total_macs(self._cfg.model, frames, tokens)
-    self._utterances += size * jax.process_count()
-    self._macs += size * jax.process_count() * self._cost[frames, tokens]
-
-  def add(self, values: dict[str, float]) -> None:
-    self._rows.append(values)
-
-  def close(self) -> dict[str, float]:
-    seconds = time.perf_counter() - self._start
-    out = {f'train/{k}': float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
-    # Forward and backward: three times the forward's multiply-accumulates, two FLOPs each.
-    flops = 6 * self._macs / seconds
-    out |= {
-      'speed/utterances_per_second': self._utterances / seconds,
-      'speed/tflops': flops / 1e12,
-      'speed/mfu': flops / (log.peak_flops(self._cfg.model.dtype) * jax.device_count()),
-    }
-    self._reset()
-    return out
-
-
-def _brief(prefix: str, values: dict[str, float]) -> str:
-  names = (
-    'loss',
-    'ctc_loss',
-    'attention_loss',
-    'token_accuracy',
-    'sparsity',
-    'sparsity_target',
-  )
-  parts = [f'{n} {values[f"{prefix}/{n}"]:.3f}' for n in names if f'{prefix}/{n}' in values]
-  return f'{prefix}: ' + ' '.join(parts)
-
-
-def _line(cfg: TrainConfig, at: int, values: dict[str, float], clock: log.Clock) -> str:
-  return (
-    f'step {at}/{cfg.steps} {100 * at // cfg.steps}% | {_brief("train", values)[7:]} | '
-    f'{values["speed/utterances_per_second"]:.0f} utt/s | MFU {values["speed/mfu"]:.0%} | '
-    f'ETA {log.duration(clock.eta(at))}'
-  )

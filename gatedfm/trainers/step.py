@@ -5,8 +5,8 @@ Letters: B batch, T frames, M mel bands, L tokens, U CTC labels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import flax
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gatedfm import compiling
 from gatedfm import gates as gates_lib
 from gatedfm.data.features import FeatureStats
 from gatedfm.models import speech_costs
@@ -147,52 +148,83 @@ class Objective:
     return sum(parts) / len(parts), gates_lib.sparsity(gates, sites, costs)
 
 
-def make_train_step(cfg: TrainConfig, stats: FeatureStats, shardings: Any) -> Callable:
+class TrainStep:
   """The step `(state, batch, gating_now) -> (state, metrics)`; donates the state.
 
   Two programs, the gradient and the update, so that another batch shape compiles the first
   alone.
   """
-  objective = Objective(cfg, stats)
-  tx = optimizer.make(cfg.optimizer, cfg.steps)
 
-  @jax.jit
-  def gradient(params: Any, at: jax.Array, batch: Batch, gating_now: dict[str, jax.Array]):
-    # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.
-    key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), at)
-    grad_fn = jax.value_and_grad(objective, has_aux=True)
-    (_, metrics), grads = grad_fn(params, batch, gating_now, key)
-    return jax.lax.with_sharding_constraint(grads, shardings.params), metrics
+  def __init__(self, cfg: TrainConfig, stats: FeatureStats, shardings: Any):
+    objective = Objective(cfg, stats)
+    tx = optimizer.make(cfg.optimizer, cfg.steps)
 
-  @functools.partial(jax.jit, donate_argnames='state')
-  def update(state: TrainState, grads: Any, gating_now: dict[str, jax.Array]):
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    if cfg.model.gates.enabled:
-      rest = lambda u: jnp.where(gating_now['search'], u, 0)
-      updates = jax.tree_util.tree_map_with_path(
-        lambda path, u: rest(u) if optimizer.is_gate(path) else u, updates
-      )
-    params = optax.apply_updates(state.params, updates)
-    state = TrainState(state.step + 1, params, opt_state)
-    return jax.lax.with_sharding_constraint(state, shardings), optax.tree.norm(grads)
+    def gradient(params: Any, at: jax.Array, batch: Batch, gating_now: dict[str, jax.Array]):
+      # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.
+      key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl='rbg'), at)
+      grad_fn = jax.value_and_grad(objective, has_aux=True)
+      (_, metrics), grads = grad_fn(params, batch, gating_now, key)
+      return jax.lax.with_sharding_constraint(grads, shardings.params), metrics
 
-  def train_step(state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]):
-    grads, metrics = gradient(state.params, state.step, batch, gating_now)
-    state, norm = update(state, grads, gating_now)
+    def update(state: TrainState, grads: Any, gating_now: dict[str, jax.Array]):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      if cfg.model.gates.enabled:
+        rest = lambda u: jnp.where(gating_now['search'], u, 0)
+        updates = jax.tree_util.tree_map_with_path(
+          lambda path, u: rest(u) if optimizer.is_gate(path) else u, updates
+        )
+      params = optax.apply_updates(state.params, updates)
+      state = TrainState(state.step + 1, params, opt_state)
+      return jax.lax.with_sharding_constraint(state, shardings), optax.tree.norm(grads)
+
+    self._gradient = compiling.Programs(jax.jit(gradient))
+    self._update = compiling.Programs(jax.jit(update, donate_argnames='state'))
+
+  def prepare(
+    self, state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]
+  ) -> list[futures.Future]:
+    """Starts compiling for a batch of this shape; the batch may be abstract."""
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return [
+      self._gradient.prepare(_shape(batch), state.params, state.step, batch, gating_now),
+      self._update.prepare((), state, jax.tree.map(like, state.params), gating_now),
+    ]
+
+  def __call__(
+    self, state: TrainState, batch: Batch, gating_now: dict[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    grads, metrics = self._gradient(_shape(batch), state.params, state.step, batch, gating_now)
+    state, norm = self._update((), state, grads, gating_now)
     return state, metrics | {'grad_norm': norm}
 
-  return train_step
+
+class EvalStep:
+  """The step `(params, batch, gating_now) -> metrics`: thresholded gates, no dropout."""
+
+  def __init__(self, cfg: TrainConfig, stats: FeatureStats):
+    objective = Objective(cfg, stats)
+
+    def eval_step(params: Any, batch: Batch, gating_now: dict[str, jax.Array]):
+      _, metrics = objective(params, batch, gating_now, None)
+      return metrics | {'count': jnp.sum(batch['valid'])}
+
+    self._programs = compiling.Programs(jax.jit(eval_step))
+
+  def prepare(
+    self, params: Any, batch: Batch, gating_now: dict[str, jax.Array]
+  ) -> list[futures.Future]:
+    """Starts compiling for a batch of this shape; the batch may be abstract."""
+    return [self._programs.prepare(_shape(batch), params, batch, gating_now)]
+
+  def __call__(
+    self, params: Any, batch: Batch, gating_now: dict[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    return self._programs(_shape(batch), params, batch, gating_now)
 
 
-def make_eval_step(cfg: TrainConfig, stats: FeatureStats) -> Callable:
-  """The jitted `(params, batch, gating_now) -> metrics`: thresholded gates, no dropout."""
-  objective = Objective(cfg, stats)
-
-  def eval_step(params: Any, batch: Batch, gating_now: dict[str, jax.Array]):
-    _, metrics = objective(params, batch, gating_now, None)
-    return metrics | {'count': jnp.sum(batch['valid'])}
-
-  return jax.jit(eval_step)
+def _shape(batch: Batch) -> tuple[int, ...]:
+  """What tells batches of one bucket from another's."""
+  return (*batch['features'].shape[:2], batch['decoder_input'].shape[1])
 
 
 def unboxed(init: Callable[[jax.Array], TrainState]) -> Callable[[jax.Array], TrainState]:

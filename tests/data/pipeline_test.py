@@ -151,7 +151,10 @@ def test_shapes_are_static_and_few(data):
   batches += list(pipeline.eval_batches(data.examples, data.caches, data.shapes))
   expected = {(s.batch, s.frames, s.tokens, s.labels) for s in data.shapes}
   assert 1 < len(expected) <= CONFIG.num_buckets
+  described = [pipeline.batch_arrays(s) for s in data.shapes]
   for batch in batches:
+    arrays = {k: (v.shape, v.dtype.type) for k, v in batch.items() if k != 'index'}
+    assert arrays in described
     size, frames, _ = batch['features'].shape
     tokens, labels = batch['decoder_input'].shape[1], batch['ctc_labels'].shape[1]
     assert batch['decoder_target'].shape == batch['decoder_input'].shape

@@ -26,6 +26,9 @@ class FakeStep:
   def make(self, *_):
     return self
 
+  def prepare(self, *_):
+    return []
+
   def __call__(self, state, batch, gating_now):
     self.states.append(jax.device_get(state))
     self.batches.append(jax.device_get(batch))
@@ -35,13 +38,24 @@ class FakeStep:
     return state.replace(step=state.step + 1), {'loss': np.nan if at == self.nan_at else at}
 
 
+class FakeEvaluator:
+  def __init__(self, *_):
+    pass
+
+  def prepare(self, *_):
+    pass
+
+  def __call__(self, *_):
+    return {'validation/loss': 1.0}
+
+
 @pytest.fixture
 def fake(monkeypatch, fast_compilation):
   fake, make_mesh = FakeStep(), loop.partitioning.make_mesh
   one = jax.devices()[:1]
   monkeypatch.setattr(loop.partitioning, 'make_mesh', lambda *sizes: make_mesh(*sizes, one))
-  monkeypatch.setattr(loop.step, 'make_train_step', fake.make)
-  monkeypatch.setattr(loop, 'Evaluator', lambda *_: lambda *_: {'validation/loss': 1.0})
+  monkeypatch.setattr(loop.step, 'TrainStep', fake.make)
+  monkeypatch.setattr(loop, 'Evaluator', FakeEvaluator)
   return fake
 
 

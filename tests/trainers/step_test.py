@@ -60,7 +60,7 @@ class Trainer:
       init = step.make_init(cfg)
       self.shardings = partitioning.shardings(init, self.mesh, jax.random.key(0))
       self._shapes = jax.eval_shape(step.unboxed(init), jax.random.key(0))
-      self._step = step.make_train_step(cfg, STATS, self.shardings)
+      self._step = step.TrainStep(cfg, STATS, self.shardings)
 
   def start(self):
     """A state of random parameters, without compiling an initialiser."""
@@ -167,7 +167,7 @@ def evaluated(fast_compilation):
   cfg = config()
   cfg.model.gates.enabled = False
   params = tiny_speech.random_tree(tiny_speech.shapes(cfg.model), scale=0.1)
-  evaluate = step.make_eval_step(cfg, STATS)
+  evaluate = step.EvalStep(cfg, STATS)
   now = optimizer.sparsity_schedule(cfg.sparsity, 10, 5)
   return cfg, lambda rows: jax.device_get(evaluate(params, rows, now))
 
