@@ -20,7 +20,7 @@ from gatedfm.partitioning import constrain
 
 @flax.struct.dataclass
 class LayerCache:
-  """A layer's self-attention cache `[B, L, H, K]` and cross-attention keys `[B, S, H, K]`."""
+  """A layer's self-attention cache `[B, H, L, K]` and cross-attention keys `[B, H, S, K]`."""
 
   own: attention.KeyValue
   cross: attention.KeyValue
@@ -55,7 +55,7 @@ class DecoderAttention(nn.Module):
     """Cached self-attention of the tokens from `position` on: x `[B, P, D]`."""
     y = self.norm(x)
     cache = attention.update_cache(cache, self.attention.project(y), position)
-    seen = jnp.arange(cache.key.shape[1]) <= position + jnp.arange(x.shape[1])[:, None]
+    seen = jnp.arange(cache.key.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
     return self.attention.attend(y, cache, seen), cache
 
   def read(self, x: jax.Array, kv: attention.KeyValue, mask: jax.Array) -> jax.Array:
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
     memory_mask_BxS: jax.Array,
   ) -> tuple[jax.Array, list[LayerCache]]:
     """The next P tokens of each example: logits `[B, P, V]` float32 and the new caches."""
-    limit = caches[0].own.key.shape[1]
+    limit = caches[0].own.key.shape[2]
     x = subsampling.add_positions(self._embed(tokens_BxP), position, limit)
     new = []
 

@@ -22,14 +22,15 @@ MASKED = -1e30
 
 @flax.struct.dataclass
 class KeyValue:
-  """Keys and values, each `[B, S, H, K]`."""
+  """Keys and values, each `[B, H, S, K]`: products over them need no transposition, which a
+  decoder would repeat at every token."""
 
   key: jax.Array
   value: jax.Array
 
 
 class Attention(nn.Module):
-  """Attention from `[B, T, D]` queries to keys and values `[B, S, H, K]`.
+  """Attention from `[B, T, D]` queries to keys and values `[B, H, S, K]`.
 
   Call `project(memory)` once and `attend(x, kv, mask)` as often as wanted: a decoder's
   cross-attention then projects an utterance once, not at every step.
@@ -52,8 +53,9 @@ class Attention(nn.Module):
     return x.reshape(*x.shape[:-1], self.heads, self.features // self.heads)
 
   def project(self, memory_BxSxD: jax.Array) -> KeyValue:
-    """Keys and values of `memory`, `[B, S, H, K]` each."""
-    return KeyValue(self._split(self.key(memory_BxSxD)), self._split(self.value(memory_BxSxD)))
+    """Keys and values of `memory`, `[B, H, S, K]` each."""
+    heads = lambda linear: jnp.swapaxes(self._split(linear(memory_BxSxD)), 1, 2)
+    return KeyValue(heads(self.key), heads(self.value))
 
   def attend(
     self,
@@ -74,14 +76,14 @@ class Attention(nn.Module):
     """
     q_BxTxHxK = self._split(self.query(x_BxTxD)) * (self.features // self.heads) ** -0.5
     score_BxHxTxS = jnp.einsum(
-      'bthk,bshk->bhts', q_BxTxHxK, kv.key, preferred_element_type=jnp.float32
+      'bthk,bhsk->bhts', q_BxTxHxK, kv.key, preferred_element_type=jnp.float32
     )
     if mask is not None:
       score_BxHxTxS = jnp.where(mask, score_BxHxTxS, MASKED)
     weight_BxHxTxS = jax.nn.softmax(score_BxHxTxS).astype(kv.value.dtype)
     weight_BxHxTxS = self.drop(weight_BxHxTxS, deterministic)
     y_BxTxHxK = jnp.einsum(
-      'bhts,bshk->bthk', weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
+      'bhts,bhsk->bthk', weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
     )
     return self.out(y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], self.features).astype(x_BxTxD.dtype))
 
@@ -93,14 +95,14 @@ class Attention(nn.Module):
 
 
 def empty_cache(batch: int, length: int, heads: int, width: int, dtype: layers.Dtype) -> KeyValue:
-  """A zeroed cache for `length` positions, `[B, S, H, K]`."""
-  zeros = jnp.zeros((batch, length, heads, width), dtype)
+  """A zeroed cache for `length` positions, `[B, H, S, K]`."""
+  zeros = jnp.zeros((batch, heads, length, width), dtype)
   return KeyValue(zeros, zeros)
 
 
 def update_cache(cache: KeyValue, new: KeyValue, position: jax.Array) -> KeyValue:
-  """Writes `new` (`[B, 1, H, K]`) at `position` (scalar) of `cache` (`[B, S, H, K]`)."""
-  write = lambda c, n: lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), position, axis=1)
+  """Writes `new` (`[B, H, P, K]`) from `position` (scalar) on into `cache` (`[B, H, S, K]`)."""
+  write = lambda c, n: lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), position, axis=2)
   return jax.tree.map(write, cache, new)
 
 
