@@ -3,14 +3,12 @@
 Example:
   python -m gatedfm.evaluate --checkpoint=runs/quickstart/dense --split=validation
 
-Prints the scores and leaves them, with every output, beside the checkpoint.
+Prints the mean scores; those of every language, and every output, go beside the checkpoint.
 """
 
-import json
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from gatedfm import mains
 
@@ -25,15 +23,17 @@ flags.mark_flag_as_required('checkpoint')
 def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   mains.set_up()
+  from gatedfm.analysis import report
   from gatedfm.evaluation import points
 
   with mains.clear_errors():
     result = points.evaluate(
       Path(_CHECKPOINT.value), _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value
     )
-    shown = {k: v for k, v in result.items() if k != 'gate_map'}
-    print(json.dumps(shown, indent=1, ensure_ascii=False))
+    name = Path(_CHECKPOINT.value).resolve().name
+    print(report.aligned(report.results({'points': {name: result}})))
+    print(f'{_CHECKPOINT.value}/evaluation_{_SPLIT.value}.json has the rest')
 
 
 if __name__ == '__main__':
-  sys.exit(app.run(main))
+  mains.run(main)

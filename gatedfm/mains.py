@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from absl import logging
+from absl import app, logging
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """`app.run` whose wrong `--config.field` is one line that names the fields there are."""
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError) as e:
+      raise SystemExit(f'error: {_unknown_field(str(e.args[0]))}') from None
+
+  app.run(main, flags_parser=parse)
+
+
+def _unknown_field(message: str) -> str:
+  """What ml_collections says of a field that a dataclass has not, and those that it has."""
+  found = re.search(r"Field (\S+) not found on dataclass <class '(\S+)\.(\w+)'>", message)
+  if not found:
+    return f'--config: there is no {message!r}'
+  field, module, name = found.groups()
+  fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+  return f'--config: {name} has no field {field}; it has {", ".join(f.name for f in fields)}'
+
+
+def loaded(config: Any) -> Any:
+  """The value of a `--config` flag; raises ConfigError where its file could not be read."""
+  from gatedfm.models.speech_config import ConfigError
+
+  try:
+    getattr(config, 'name', None)  # what stands for a file that failed to load raises here
+  except OSError as e:
+    raise ConfigError(str(e).strip()) from None
+  return config
 
 
 def no_arguments(argv: list[str]) -> None:

@@ -6,10 +6,9 @@ Example:
 The same command resumes: what is trained, evaluated or prepared is not repeated.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from gatedfm import mains
@@ -27,10 +26,10 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     if _ONLY.value:
-      sweep.train_point(_CONFIG.value, Path(_WORKDIR.value), _ONLY.value)
+      sweep.train_point(mains.loaded(_CONFIG.value), Path(_WORKDIR.value), _ONLY.value)
     else:
-      sweep.run(_CONFIG.value, Path(_WORKDIR.value))
+      sweep.run(mains.loaded(_CONFIG.value), Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':
-  sys.exit(app.run(main))
+  mains.run(main)

@@ -7,9 +7,7 @@ Example:
 The same command on the same workdir resumes.
 """
 
-import sys
-
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from gatedfm import mains
@@ -25,8 +23,8 @@ def main(argv: list[str]) -> None:
   from gatedfm.trainers import loop
 
   with mains.clear_errors():
-    loop.train(_CONFIG.value, _WORKDIR.value)
+    loop.train(mains.loaded(_CONFIG.value), _WORKDIR.value)
 
 
 if __name__ == '__main__':
-  sys.exit(app.run(main))
+  mains.run(main)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from gatedfm import mains
 
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(app.run(main))
+  mains.run(main)

@@ -13,6 +13,7 @@ from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.loop import WorkdirError
 
+CONFIGS = 'configs/gated_speech'
 MAINS = ('train', 'evaluate', 'transcribe', 'sweep')
 
 
@@ -42,6 +43,21 @@ def test_required_flags(name):
     ('evaluate', ('--checkpoint=a', '--spilt=test'), 'Unknown command line flag'),
     ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
     ('transcribe', ('--checkpoint=a',), 'no audio files given'),
+    (
+      'train',
+      (f'--config={CONFIGS}/tiny.py', '--workdir=a', '--config.stepz=5'),
+      'error: --config: TrainConfig has no field stepz; it has name, seed, steps',
+    ),
+    (
+      'sweep',
+      (
+        '--config=configs/gated_speech/quickstart.py',
+        '--workdir=a',
+        '--config.points.dens.steps=5',
+      ),
+      "error: --config: there is no 'dens'",
+    ),
+    ('train', (f'--config={CONFIGS}/nothing.py', '--workdir=a'), 'No such file or directory'),
   ],
 )
 def test_wrong_arguments(name, arguments, message):

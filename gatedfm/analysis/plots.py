@@ -26,7 +26,6 @@ from gatedfm.analysis import gate_maps
 INK = '#16181d'
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 MARKERS = 'osD^vPX<>p'
-DENSE = 'dense'
 _STYLE = {
   'axes.axisbelow': True,
   'axes.edgecolor': INK,
@@ -181,21 +180,23 @@ def gate_map(gates: gate_maps.GateMap) -> figures.Figure:
 
 @_styled
 def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure | None:
-  """Mean CER of each point against its measured time, as a share of the dense model's.
+  """Mean CER of each point against its measured time, as a share of the first's.
 
   Args:
-    points: the 'points' of summary.json. Those without a CER or time_ratio are left out.
+    points: the 'points' of summary.json, the first of them the one that all are compared
+      with. Those without a CER or time_ratio are left out.
       An optional 'interval': {'cer': [low, high]} gives error bars.
 
   Returns:
-    None where 'dense' or every other point lacks one of the numbers.
+    None where the first point or every other lacks one of the numbers.
   """
   places = {
     name: (100 * point['time_ratio'], 100 * point['cer']['mean'])
     for name, point in points.items()
     if point.get('time_ratio') and (point.get('cer') or {}).get('mean') is not None
   }
-  if DENSE not in places or len(places) == 1:
+  first = next(iter(points))
+  if first not in places or len(places) == 1:
     return None
   figure, axes = _scatter(places, points)
   colors = _colors(points)
@@ -206,31 +207,32 @@ def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Fig
   low, high = axes.get_ylim()
   pad = max(0.12 * (high - low), 0.5)
   axes.set(xlim=(0, 1.08 * max(x for x, _ in places.values())), ylim=(low - pad, high + pad))
-  time, cer = places[DENSE]
+  time, cer = places[first]
   axes.fill_between([0, time], low - pad, cer, color=COLORS[2], alpha=0.1, lw=0)
   axes.text(0.02, 0.03, 'ideal: faster, no worse', color=COLORS[2], transform=axes.transAxes)
-  axes.set_xlabel('time for an utterance (% of dense)')
+  axes.set_xlabel(f'time for an utterance (% of {first})')
   axes.set_ylabel('CER, mean of the languages (%)')
   return figure
 
 
 @_styled
 def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure | None:
-  """Measured time of each point against its multiply-accumulates, both relative to dense.
+  """Measured time of each point against its multiply-accumulates, both relative to the first's.
 
   On the diagonal every operation that is saved saves its share of the time.
 
   Returns:
-    None where 'dense' or every other point lacks one of the numbers.
+    None where the first point or every other lacks one of the numbers.
   """
   key = 'macs_per_audio_second'
-  dense = points.get(DENSE, {}).get(key)
+  first = next(iter(points))
+  dense = points[first].get(key)
   places = {
     name: (100 * point[key] / dense, 100 * point['time_ratio'])
     for name, point in points.items()
     if dense and point.get('time_ratio') and point.get(key)
   }
-  if DENSE not in places or len(places) == 1:
+  if first not in places or len(places) == 1:
     return None
   figure, axes = _scatter(places, points)
   top = max(max(place) for place in places.values()) * 1.08
@@ -245,8 +247,8 @@ def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure
     rotation_mode='anchor',
     transform_rotates_text=True,
   )
-  axes.set_xlabel('MACs (% of dense)')
-  axes.set_ylabel('time for an utterance (% of dense)')
+  axes.set_xlabel(f'MACs (% of {first})')
+  axes.set_ylabel(f'time for an utterance (% of {first})')
   return figure
 
 
@@ -283,9 +285,9 @@ def _metadata(suffix):
 
 
 def _colors(names):
-  """{name: colour}: ink for the dense model, the palette for the others in their order."""
-  others = (name for name in names if name != DENSE)
-  return {DENSE: INK} | {n: COLORS[i % len(COLORS)] for i, n in enumerate(others)}
+  """{name: colour}: ink for the first, the palette for the others in their order."""
+  first, *others = names
+  return {first: INK} | {n: COLORS[i % len(COLORS)] for i, n in enumerate(others)}
 
 
 def _thin(steps, values, limit=200):
@@ -318,7 +320,7 @@ def _scatter(places, points):
   colors = _colors(points)
   for number, name in enumerate(points):
     if name in places:
-      marker, size = ('*', 160) if name == DENSE else (MARKERS[number % len(MARKERS)], 45)
+      marker, size = ('*', 160) if number == 0 else (MARKERS[number % len(MARKERS)], 45)
       axes.scatter(*places[name], s=size, color=colors[name], marker=marker, label=name, zorder=3)
   figure.legend(loc='outside right upper')
   return figure, axes

@@ -7,6 +7,7 @@ and time ratios are fractions in the summary and per cent in both outputs; BLEU 
 run from 0 to 100 as they stand. What the summary lacks, or holds as null, shows as '–'.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ SCHEMA = 1
 # Column heading, path in a point of the summary, factor, format.
 _COLUMNS = (
   ('CER %', 'cer/mean', 100, '.2f'),
+  ('CTC CER %', 'ctc_cer/mean', 100, '.2f'),
   ('WER %', 'wer/mean', 100, '.2f'),
   ('BLEU', 'bleu/mean', 1, '.1f'),
   ('chrF', 'chrf/mean', 1, '.1f'),
@@ -69,46 +71,54 @@ def load(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def results(summary: Mapping[str, Any]) -> Rows:
-  """The main table as text cells, the heading first and then a row for each point."""
+  """The main table as text cells, the heading first and then a row for each point.
+
+  Columns that no point has a value for are left out.
+  """
   rows = [['point', *(heading for heading, *_ in _COLUMNS)]]
   for name, point in summary['points'].items():
     rows.append([name, *(_number(_get(point, p), f, s) for _, p, f, s in _COLUMNS)])
-  return rows
+  known = [set(column[1:]) != {_MISSING} for column in zip(*rows)]
+  return [list(itertools.compress(row, known)) for row in rows]
 
 
 def table(summary: Mapping[str, Any]) -> str:
   """The results, aligned for a terminal, and the headline below.
 
-  Columns: mean error rates, BLEU and chrF, accuracy of language identification on the
-  same and on another source (LID*), closed modules, their MACs, all MACs for a second of
-  audio, median time for an utterance, time relative to dense, peak memory.
+  Columns: mean error rates (also of the CTC output alone), BLEU and chrF, accuracy of
+  language identification on the same and on another source (LID*), closed modules, their
+  MACs, all MACs for a second of audio, median time for an utterance, time relative to the
+  first point's, peak memory.
   """
-  rows = results(load(summary))
+  return f'{aligned(results(load(summary)))}\nLID*: another source\n\n{headline(summary)}'
+
+
+def aligned(rows: Rows) -> str:
+  """Rows of text cells as a table for a terminal, a line below the heading."""
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = [
     '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
   ]
   lines.insert(1, '─' * len(lines[0]))
-  return '\n'.join([*lines, 'LID*: another source', '', headline(summary)])
+  return '\n'.join(lines)
 
 
 def headline(summary: Mapping[str, Any]) -> str:
   """What the run found, in a sentence.
 
   Args:
-    summary: its 'headline' has 'point', 'time_ratio' and 'cer_difference' to dense, and
+    summary: its 'headline' has 'point', 'time_ratio' and 'cer_difference' to its parent, and
       may have 'cer_difference_interval': [low, high].
   """
   best = summary.get('headline') or {}
   name = best.get('point')
   if name is None:
-    return 'No gated point was compared with the dense model.'
+    return 'No gated point was compared with a dense model.'
   points = summary['points']
+  first = next(iter(points))
   ratio = _number(best.get('time_ratio'), 100, '.1f')
-  cer, dense = (
-    _number(_get(points.get(point), 'cer/mean'), 100, '.2f') for point in (name, plots.DENSE)
-  )
-  text = f'{name} takes {ratio}% of the time of dense at a CER of {cer}% against {dense}%'
+  cer, dense = (_number(_get(points.get(point), 'cer/mean'), 100, '.2f') for point in (name, first))
+  text = f'{name} takes {ratio}% of the time of {first} at a CER of {cer}% against {dense}%'
   difference, bounds = best.get('cer_difference'), best.get('cer_difference_interval')
   if difference is not None:
     text += f', a difference of {100 * difference:+.2f} points'
@@ -224,12 +234,12 @@ def _gate_maps(summary) -> dict[str, gate_maps.GateMap]:
   return {
     name: gate_maps.parse(point['gate_map'])
     for name, point in points
-    if name != plots.DENSE and _get(point, 'gate_map/contexts')
+    if _get(point, 'gate_map/contexts')
   }
 
 
 def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
-  """The curves of all points that logged some, of dense and headline if there are many."""
+  """The curves of all points that logged some, of the first and the headline if there are many."""
   best = (summary.get('headline') or {}).get('point')
   curves, seen = {}, set()
   for name, point in summary['points'].items():
@@ -242,7 +252,8 @@ def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
       seen.add(path.resolve())
       curves[name] = plots.read_curves(path)
   if len(curves) > _MAX_CURVES:
-    curves = {name: curves[name] for name in (plots.DENSE, best) if name in curves}
+    first = next(iter(summary['points']))
+    curves = {name: curves[name] for name in (first, best) if name in curves}
   return curves
 
 

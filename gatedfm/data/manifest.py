@@ -293,7 +293,10 @@ def load(
     logging.warning('skipping bad lines of %s', report)
   entries = [entry for entry in report.entries if entry.split == split]
   if not entries:
-    raise ManifestError(f'the manifest {path} has no good line in the split {split!r}')
+    raise ManifestError(
+      f'the manifest {path} has no good line in the split {split!r}; "split" '
+      'puts a line where it is wanted'
+    )
   content = ''.join(
     json.dumps([dataclasses.asdict(entry), _stamp(entry.path)], ensure_ascii=False) + '\n'
     for entry in entries

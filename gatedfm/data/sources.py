@@ -1,6 +1,5 @@
 """Sources of speech by name: what a configuration writes, and the source that it means."""
 
-import collections
 import inspect
 import os
 import urllib.parse
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedfm.data import fetch, splits
-from gatedfm.data.types import LANGUAGES, SAMPLE_RATE, DataError, Source
+from gatedfm.data.types import LANGUAGES, DataError, Source
 
 KNOWN = {
   'stamps': 'human recordings of short descriptions in nine languages (Debian package)',
@@ -63,20 +62,6 @@ def parse(spec: str) -> tuple[Callable[..., Source], dict[str, Any], str]:
     known = '\n'.join(f'  {key:<14} {what}' for key, what in KNOWN.items())
     raise DataError(f'unknown source {spec!r}; known are\n{known}')
   return opener, _options(spec, query, opener), path
-
-
-def describe(source: Source) -> str:
-  """A table for printing: recordings and hours per language, and in all."""
-  count, samples = collections.Counter(), collections.Counter()
-  for record in source.records:
-    for key in (record.language, 'all'):
-      count[key] += 1
-      samples[key] += record.num_samples
-  rows = [
-    f'  {key:<4} {count[key]:>7,} {samples[key] / SAMPLE_RATE / 3600:>8.2f} h'
-    for key in sorted(count, key=lambda key: (key == 'all', -count[key]))
-  ]
-  return '\n'.join([f'{source.name}, fingerprint {source.fingerprint}', *rows])
 
 
 def _options(spec: str, query: str, opener: Callable[..., Source]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Tokenizer:
     if vocab_size < symbols + num_characters:
       raise ValueError(
         f'vocabulary size {vocab_size} is too small: {symbols} symbols and '
-        f'{num_characters} characters need at least {symbols + num_characters}'
+        f'{num_characters} characters need at least {symbols + num_characters}; raise vocab'
       )
     model = io.BytesIO()
     try:
@@ -114,7 +114,7 @@ class Tokenizer:
         raise
       raise ValueError(
         f'vocabulary size {vocab_size} is too large for {len(texts)} texts: the largest '
-        f'that they can fill is {int(largest[1]) - 1 + symbols}'
+        f'that they can fill is {int(largest[1]) - 1 + symbols}; lower vocab to that'
       ) from error
     return cls(model.getvalue(), languages, tasks, timestamps)
 

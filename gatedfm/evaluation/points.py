@@ -177,7 +177,6 @@ def summarize(
   points: Mapping[str, Path],
   workdir: Path,
   *,
-  baseline: str = 'dense',
   other: str = '',
   split: str = 'test',
   data_dir: str = '',
@@ -189,8 +188,8 @@ def summarize(
   """Evaluates and times all points and writes `summary.json` in `workdir`.
 
   Args:
-    points: trained workdirs by name.
-    baseline: the point that ratios and differences refer to.
+    points: trained workdirs by name; times refer to the first, and so do differences
+      without a parent.
     other, split, data_dir, ctc_weight: see `evaluate`.
     number, rounds, longest: utterances per task, passes and longest frames for timing.
   """
@@ -198,12 +197,13 @@ def summarize(
   for name, path in points.items():
     say(f'evaluate: {name}')
     quality_of[name] = evaluate(path, split, other, data_dir, ctc_weight)
+  baseline = next(iter(points))
   cfg = load_train_config(points[baseline])
   folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
   utterances = timing_utterances(cfg, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
   recognizers = {name: Recognizer.load(path, 'skip', ctc_weight) for name, path in points.items()}
-  times = timing.side_by_side(recognizers, utterances, rounds, baseline)
+  times = timing.side_by_side(recognizers, utterances, rounds)
   rows = {name: quality_of[name] | times[name] for name in points}
   outputs = {name: _outputs(points[name], split) for name in points}
   for name in points:
@@ -224,7 +224,7 @@ def summarize(
     'ctc_weight': ctc_weight,
     'data': _data(cfg, folder),
     'points': rows,
-    'headline': _headline(rows, baseline),
+    'headline': _headline(rows),
   }
   log.write_atomically(
     workdir / 'summary.json', json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
@@ -261,9 +261,9 @@ def _data(cfg: config_lib.TrainConfig, data_dir: Path) -> dict[str, dict]:
   return out
 
 
-def _headline(rows: Mapping[str, dict], baseline: str) -> dict[str, Any]:
+def _headline(rows: Mapping[str, dict]) -> dict[str, Any]:
   """The fastest gated point whose CER is not worse than its parent's beyond the interval."""
-  gated = {n: r for n, r in rows.items() if n != baseline and r['gate_map']}
+  gated = {n: r for n, r in rows.items() if r['gate_map']}
   if not gated:
     return {}
   fine = {n: r for n, r in gated.items() if r['difference'].get('cer', {'low': 0})['low'] <= 0}

@@ -24,8 +24,7 @@ class SweepConfig:
 
   Attributes:
     points: training configurations by name, in the order of training; `init_from` may name
-      an earlier point.
-    baseline: the point that times and differences refer to.
+      an earlier point. Times refer to the first.
     other: source for language identification away from the training source; '' = none.
     split: what the summary reports; `validation` while anything is still being chosen.
     ctc_weight: of CTC in joint decoding of transcripts; 0 is the attention decoder alone.
@@ -34,7 +33,6 @@ class SweepConfig:
   """
 
   points: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
-  baseline: str = 'dense'
   other: str = ''
   split: str = 'test'
   ctc_weight: float = CTC_WEIGHT
@@ -46,7 +44,8 @@ class SweepConfig:
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, before anything is trained."""
     choice('split', self.split, SPLITS)
-    choice('baseline', self.baseline, tuple(self.points))
+    if not self.points:
+      raise ConfigError('a sweep needs at least one point')
     if not 0 <= self.ctc_weight <= 1:
       raise ConfigError(f'ctc_weight is {self.ctc_weight}; it lies in [0, 1]')
     if self.timed < 1 or self.rounds < 1:
@@ -96,7 +95,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
 
   paths = {name: workdir / name for name in cfg.points}
   summary = points.summarize(
-    paths, workdir, baseline=cfg.baseline, other=cfg.other, split=cfg.split,
+    paths, workdir, other=cfg.other, split=cfg.split,
     data_dir=cfg.data_dir, ctc_weight=cfg.ctc_weight, number=cfg.timed, rounds=cfg.rounds,
     longest=cfg.longest,
   )  # fmt: skip

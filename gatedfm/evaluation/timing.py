@@ -43,15 +43,13 @@ def side_by_side(
   recognizers: Mapping[str, Recognizer],
   utterances: Sequence[Utterance],
   rounds: int,
-  baseline: str,
 ) -> dict[str, dict[str, Any]]:
   """Times every point on every utterance.
 
   Args:
-    recognizers: by point name, `skip` execution.
+    recognizers: by point name, `skip` execution; ratios refer to the first.
     utterances: timed one by one, batch 1.
     rounds: passes over the utterances; the order of the points alternates.
-    baseline: point to which ratios refer.
 
   Returns: per point `seconds_per_utterance` (median over utterances of the median over
     rounds, quartiles over utterances), `time_ratio` (sum over utterances, of the medians),
@@ -80,7 +78,7 @@ def side_by_side(
   tasks = np.array([u.task for u in utterances])
   out = {}
   for name, t in typical.items():
-    base = typical[baseline]
+    base = typical[names[0]]
     q25, median, q75 = np.percentile(t, [25, 50, 75])
     out[name] = {
       'seconds_per_utterance': {'median': median, 'q25': q25, 'q75': q75},

@@ -44,8 +44,11 @@ def parse_task(task: str) -> str:
 
 
 def parse_language(code: str) -> str:
-  """`fr` or `fra` -> `fra` (ISO 639-3); '' stays ''. Raises DataError on anything else."""
-  return languages.check(languages.BY_CODE.get(code, code)) if code else ''
+  """`fr` or `fra` -> `fra` (ISO 639-3); '' stays ''. Raises ConfigError on anything else."""
+  try:
+    return languages.check(languages.BY_CODE.get(code, code)) if code else ''
+  except DataError:
+    raise ConfigError(f"bad language code {code!r}: write it as in 'fr' or 'fra'") from None
 
 
 def check(recognizer: Recognizer, task: str, language: str, ctc: bool = False) -> None:

@@ -105,6 +105,10 @@ def test_nulls_and_missing_values_show_as_dashes(summary, tmp_path):
   assert rows['gated_0.3'][1:8] == ['–', '–', '–', '–', '50.0', '–', '–']
   assert rows['gated_0.7'][6] == '–'
   assert 'No gated point' in report.table(bare)
+  for point in bare['points'].values():
+    point['chrf'] = None
+  assert 'chrF' in report.results(summary)[0]
+  assert 'chrF' not in report.results(bare)[0]
 
 
 def test_a_dense_model_alone_has_a_report(summary, tmp_path):
