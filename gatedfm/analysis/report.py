@@ -1,6 +1,6 @@
 """Turns summary.json into a table for the terminal and a report.html.
 
-  python -m gatedfm.analysis.report --summary=runs/quickstart/summary.json
+  python -m gatedfm.analysis.report --summary=runs/quickstart/summary.json [--markdown]
 
 The report is one file without any link to elsewhere. Error rates, accuracies, sparsities
 and time ratios are fractions in the summary and per cent in both outputs; BLEU and chrF
@@ -44,6 +44,15 @@ _DETAILS = (
   ('BLEU by direction', 'bleu', 1, '.1f'),
   ('chrF by direction', 'chrf', 1, '.1f'),
   ('Closed modules by site, %', 'sparsity/sites', 100, '.1f'),
+  ('Time by task, % of the first point', 'time_ratio_by_task', 100, '.0f'),
+)
+# Column heading, metric and factor of the differences to a point's parent.
+_DIFFERENCES = (
+  ('CER', 'cer', 100),
+  ('WER', 'wer', 100),
+  ('BLEU', 'bleu', 1),
+  ('chrF', 'chrf', 1),
+  ('LID', 'lid', 100),
 )
 _MISSING = '–'
 _MAX_CURVES = 6
@@ -91,6 +100,34 @@ def table(summary: Mapping[str, Any]) -> str:
   first point's, peak memory.
   """
   return f'{aligned(results(load(summary)))}\nLID*: another source\n\n{headline(summary)}'
+
+
+def differences(summary: Mapping[str, Any]) -> Rows:
+  """What each point has more than its parent, the dense model that it was made of.
+
+  Cells such as `+0.55 (-0.11 to +1.22)` hold the difference and its paired 95% interval over
+  utterances, in points. Points without a parent are left out.
+  """
+  signed = lambda value, factor: _number(value, factor, '+.2f')
+  rows = [['point', 'parent', *(heading for heading, *_ in _DIFFERENCES)]]
+  for name, point in summary['points'].items():
+    if point.get('parent') in (None, name):
+      continue
+    row = [name, point['parent']]
+    for _, metric, factor in _DIFFERENCES:
+      value, low, high = (
+        _get(point, f'difference/{metric}/{key}') for key in ('value', 'low', 'high')
+      )
+      bounds = '' if low is None else f' ({signed(low, factor)} to {signed(high, factor)})'
+      row.append(signed(value, factor) + bounds)
+    rows.append(row)
+  return rows if len(rows) > 1 else []
+
+
+def markdown(rows: Rows) -> str:
+  """Rows of text cells as a Markdown table."""
+  lines = [f'| {" | ".join(row)} |' for row in rows]
+  return '\n'.join([lines[0], f'|{"---|" * len(rows[0])}', *lines[1:]])
 
 
 def aligned(rows: Rows) -> str:
@@ -175,7 +212,7 @@ def write_report(
     headline=headline(summary),
     best=(summary.get('headline') or {}).get('point'),
     results=results(summary),
-    details=[(title, rows) for title, *how in _DETAILS if (rows := _detail(summary, *how))],
+    details=_details(summary),
     data=_data(summary),
     maps=maps,
     drawn=drawn,
@@ -184,6 +221,13 @@ def write_report(
   temporary = out_path.with_name(f'.{out_path.name}.tmp')
   temporary.write_text(html, encoding='utf-8')
   os.replace(temporary, out_path)
+
+
+def _details(summary) -> list[tuple[str, Rows]]:
+  """Titled tables beside the main one."""
+  tables = [('Difference to the parent, with its 95% interval', differences(summary))]
+  tables += [(title, _detail(summary, *how)) for title, *how in _DETAILS]
+  return [(title, rows) for title, rows in tables if rows]
 
 
 def _get(tree, path):
@@ -261,6 +305,11 @@ def main(argv: Sequence[str]) -> None:
   """Writes the report, and the figures where a folder for them is named."""
   del argv
   path = Path(flags.FLAGS.summary)
+  if flags.FLAGS.markdown:
+    summary = load(path)
+    for title, rows in [('Results', results(summary)), *_details(summary)]:
+      print(f'### {title}\n\n{markdown(rows)}\n')
+    return
   out = Path(flags.FLAGS.out or path.with_name('report.html'))
   write_report(path, out)
   if flags.FLAGS.figures:
@@ -274,5 +323,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('summary', None, 'The summary.json of a run.', required=True)
   flags.DEFINE_string('out', None, 'Where to write; report.html beside the summary.')
+  flags.DEFINE_bool('markdown', False, 'Print all tables in Markdown, and write nothing.')
   flags.DEFINE_string('figures', None, 'Folder for the figures as SVG and PNG, if wanted.')
   app.run(main)

@@ -56,8 +56,8 @@ small, .note { opacity: 0.75; }
 of the test split. LID*: language identification on another source. Sparsity: the share of
 the gated modules that stay closed, and of their multiply-accumulates. MMAC/s: million
 multiply-accumulates for a second of audio, all modules. Times are measured with closed
-modules really skipped, after compilation; time % is relative to dense in the same run. MiB:
-peak memory.</p>
+modules really skipped, after compilation; time % is relative to the first point in the same
+run. MiB: peak memory.</p>
 {% for title, rows in details %}
 <details><summary>{{ title }}</summary>{{ grid(rows, best) }}</details>
 {% endfor %}

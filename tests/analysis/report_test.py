@@ -194,3 +194,18 @@ def test_command_line(summary, tmp_path):
     'quality_against_time.svg',
     'learning_curves.png',
   } <= names
+
+
+def test_differences_to_the_parent(summary, tmp_path):
+  assert report.differences(summary) == []
+  for point in summary['points'].values():
+    point['parent'] = 'dense'
+    point['difference'] = {'cer': {'value': -0.01, 'low': -0.025, 'high': 0.004}}
+  rows = report.differences(summary)
+  assert [row[0] for row in rows] == ['point', 'gated_0.3', 'gated_0.5', 'gated_0.7']
+  assert rows[1][1:4] == ['dense', '-1.00 (-2.50 to +0.40)', '–']
+  assert '-1.00 (-2.50 to +0.40)' in ''.join(_Page(_write(summary, tmp_path)).text)
+
+
+def test_markdown():
+  assert report.markdown([['a', 'b'], ['1', '2']]) == '| a | b |\n|---|---|\n| 1 | 2 |'
