@@ -18,7 +18,7 @@ INTERVAL = 10  # seconds between two lines of progress
 
 def workers() -> int:
   """Programs that are compiled at a time."""
-  return min(8, os.cpu_count() or 1)
+  return min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
 @functools.cache

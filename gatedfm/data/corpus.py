@@ -100,6 +100,8 @@ def open_split(
     opened += [sources.load(spec, split, data_dir, skip_bad) for spec in config.extra]
   caches = open_features(opened, data_dir)
   examples, skipped = pipeline.build_examples(opened, assets.tokenizer, config)
+  if split != 'train':  # seen now and then: padding costs less than compiling
+    config = dataclasses.replace(config, num_buckets=-(-config.num_buckets // 2))
   shapes = pipeline.batch_shapes([examples], config, batch_multiple)
   say(
     f'data: {split}: {len(examples)} examples of {sum(len(s) for s in opened)} utterances, '

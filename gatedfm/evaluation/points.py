@@ -21,7 +21,7 @@ import numpy as np
 
 from gatedfm import compiling, metrics
 from gatedfm import gates as gates_lib
-from gatedfm.data import corpus, features, sources
+from gatedfm.data import corpus, features, pipeline, sources
 from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import CTC_WEIGHT, Recognizer
@@ -47,7 +47,7 @@ def _splits(
   whole = {
     'max_frames': LONGEST,
     'max_tokens': cfg.model.max_tokens,
-    'num_buckets': 2,
+    'num_buckets': 3,
     'batch_frames': max(cfg.data.batch_frames, LONGEST + 8),  # rounded up to a multiple of 8
   }
   data = dataclasses.replace(cfg.data, bucket_frames=(), **whole)
@@ -57,7 +57,9 @@ def _splits(
       raise ConfigError(f'{cfg.name or "the model"} does not identify languages: drop {other}')
     data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',))
     out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
-  return out
+  # One set of shapes, and so of programs, for both.
+  shapes = pipeline.batch_shapes([s.examples for s in out.values()], data)
+  return {name: dataclasses.replace(s, shapes=shapes) for name, s in out.items()}
 
 
 def evaluate(
@@ -98,8 +100,9 @@ def evaluate(
   recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
   assets = corpus.Assets.load(workdir / corpus.ASSETS)
   opened = _splits(cfg, assets, split, other, folder)
-  shapes = dict.fromkeys((s.batch, s.frames) for x in opened.values() for s in x.shapes)
-  compiling.wait([recognizer.prepare(*shape) for shape in shapes], say)
+  shapes = opened['same'].shapes
+  say(f'compiling: {len(shapes)} programs, {compiling.workers()} at a time')
+  compiling.wait([recognizer.prepare(s.batch, s.frames) for s in shapes], say)
   gate_map, outputs = quality.decode_all(recognizer, opened['same'])
   counts = quality.counts(outputs)
   result = {name: c.scores() for name, c in counts.items() if name != 'lid'}

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -204,25 +204,18 @@ def _check_finite(values: dict[str, float], at: int, ids: list[str]) -> None:
 
 def _prepare(
   train_step: step.TrainStep,
-  evaluate: Evaluator,
   state: step.TrainState,
   gating_now: dict[str, Any],
-  split: corpus.Split,
-  first: tuple[int, int],
+  shapes: Sequence[pipeline.Shape],
   mesh: Any,
 ) -> dict[tuple[int, int], list[futures.Future]]:
-  """Starts compiling everything; returns what a batch `[B, T]` of this host waits for.
-
-  The batch shape `first` is compiled first.
-  """
-  say(f'compiling: {len(split.shapes) + 1} programs, {compiling.workers()} at a time')
-  mine = lambda shape: (shape.batch // jax.process_count(), shape.frames)
-  programs = {
-    mine(shape): train_step.prepare(state, _abstract_batch(shape, mesh), gating_now)
-    for shape in sorted(split.shapes, key=lambda shape: mine(shape) != first)
+  """Starts compiling for batches of these shapes; returns what one of `[B, T]` waits for."""
+  return {
+    (shape.batch // jax.process_count(), shape.frames): train_step.prepare(
+      state, _abstract_batch(shape, mesh), gating_now
+    )
+    for shape in shapes
   }
-  evaluate.prepare(state.params, gating_now)
-  return programs
 
 
 def train(cfg: TrainConfig, workdir: Path | str) -> None:
@@ -320,10 +313,15 @@ def _run(
       batch = next(batches)
       shape = batch['features'].shape[:2]
       gating_now = optimizer.sparsity_schedule(cfg.sparsity, cfg.steps, at - 1)
-      if not programs:
-        programs = _prepare(train_step, evaluate, state, gating_now, train_split, shape, mesh)
+      began = time.perf_counter()
+      if not programs:  # a first step soon, the other programs beside those that follow
+        shapes = [s for s in train_split.shapes if s.frames == shape[1]]
+        say(f'compiling: {len(train_split.shapes) + 1} programs, first those of the first batch')
+        programs = _prepare(train_step, state, gating_now, shapes, mesh)
+      elif at == first + 2:
+        programs |= _prepare(train_step, state, gating_now, train_split.shapes, mesh)
+        evaluate.prepare(state.params, gating_now)
       if programs[shape]:
-        began = time.perf_counter()
         compiling.wait(programs[shape], say)
         programs[shape] = []
         clock.pause(time.perf_counter() - began)
