@@ -1,7 +1,7 @@
 """Transcribes or translates audio files, or names their language.
 
 Example:
-  python -m gatedfm.transcribe --checkpoint=runs/quickstart/gated_0.5 --task=asr a.wav b.ogg
+  python -m gatedfm.transcribe --checkpoint=runs/quickstart/gated --task=asr a.wav b.ogg
 
 Without --language each file's language is identified first. Prints text, language, the
 modules that opened and the seconds that it took.
