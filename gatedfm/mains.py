@@ -55,13 +55,21 @@ def no_arguments(argv: list[str]) -> None:
 
 
 def set_up() -> None:
-  """Starts several hosts where there are any, and keeps compiled programs between calls."""
+  """Joins several hosts where there are any, and keeps compiled programs between calls.
+
+  TPU pods are found by themselves; elsewhere `JAX_COORDINATOR_ADDRESS` (host:port of the first),
+  `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say where this process belongs.
+  """
   import jax
 
   logging.set_verbosity(logging.WARNING)  # orbax and jax tell much that is not for users
   several_tpu_hosts = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   if several_tpu_hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ:
-    jax.distributed.initialize()
+    # Where no cluster manager tells, the environment does.
+    given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
+    jax.distributed.initialize(
+      **{name: int(os.environ[key]) for name, key in given.items() if key in os.environ}
+    )
   cache = os.environ.get('GATEDFM_COMPILED') or Path.home() / '.cache' / 'gatedfm' / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)

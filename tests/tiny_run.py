@@ -132,15 +132,22 @@ def make_assets(cfg):
   return corpus.make_assets(cfg.data, cfg.vocab, Path(cfg.data_dir), False)
 
 
-def start(folder, main, *arguments):
-  """`python -m gatedfm.MAIN` as a process of its own, with one device, output as text."""
-  environment = os.environ | {
-    'PYTHONPATH': str(ROOT),
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': FAST,
-    'TONES': str(folder),
-    'GATEDFM_COMPILED': f'{folder}/compiled',
-  }
+def start(folder, main, *arguments, **variables):
+  """`python -m gatedfm.MAIN` as a process of its own, with one device, output as text.
+
+  `variables` join the environment.
+  """
+  environment = (
+    os.environ
+    | {
+      'PYTHONPATH': str(ROOT),
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': FAST,
+      'TONES': str(folder),
+      'GATEDFM_COMPILED': f'{folder}/compiled',
+    }
+    | variables
+  )
   command = [sys.executable, '-m', f'gatedfm.{main}', *map(str, arguments)]
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

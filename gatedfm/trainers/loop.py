@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from gatedfm import compiling, partitioning
 from gatedfm.data import corpus, pipeline
@@ -150,12 +151,15 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _sigterm() -> Any:
-  """Yields a list that is no longer empty once SIGTERM has come."""
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+  """Yields what tells at a step whether SIGTERM has come, to all processes the same."""
+  if jax.process_count() > 1:  # they agree on a step to stop at
+    yield multihost_utils.reached_preemption_sync_point
+    return
   seen: list[int] = []
   before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
   try:
-    yield seen
+    yield lambda step: bool(seen)
   finally:
     signal.signal(signal.SIGTERM, before)
 
@@ -344,7 +348,7 @@ def _run(
           say('  ' + throughput.brief('validation', values))
       if at % cfg.checkpoint_every == 0 or at == cfg.steps:
         save(at)
-      if terminated:
+      if terminated(at):
         save(at)
         ckpt.wait()
         say(f'SIGTERM: saved step {at}; the same command goes on from there')
