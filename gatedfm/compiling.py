@@ -1,7 +1,7 @@
 """Compiling programs side by side, ahead of their first use.
 
-XLA optimises one program on about one core; a handful of batch shapes is compiled in little
-more than the time of the slowest.
+XLA optimises one program on one or two cores; on a machine of many, a handful of batch shapes
+is compiled in little more than the time of the slowest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INTERVAL = 10  # seconds between two lines of progress
 
 def workers() -> int:
   """Programs that are compiled at a time."""
-  return min(8, max(1, (os.cpu_count() or 1) // 2))
+  return min(8, os.cpu_count() or 1)
 
 
 @functools.cache
