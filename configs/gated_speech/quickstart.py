@@ -28,7 +28,7 @@ def gated(dense: TrainConfig, target: float, steps: int) -> TrainConfig:
 def get_config() -> SweepConfig:
   """Dense, and 40% of the modules closed."""
   dense = tiny.get_config()
-  cfg = gated(dense, 0.4, 250)
+  cfg = gated(dense, 0.4, 300)
   # Two shapes less to compile.
   cfg.data.num_buckets, cfg.data.max_frames, cfg.data.max_tokens = 2, 256, 64
   return SweepConfig(
