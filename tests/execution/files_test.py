@@ -10,7 +10,6 @@ import tiny_run
 
 from gatedfm import gates as gates_lib
 from gatedfm.data import audio_io, features
-from gatedfm.data import types as data_types
 from gatedfm.execution import files
 from gatedfm.execution.recognizer import Decoded
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
@@ -123,7 +122,7 @@ def test_wrong_tasks(task):
 
 def test_languages():
   assert [files.parse_language(x) for x in ('', 'fr', 'fra')] == ['', 'fra', 'fra']
-  with pytest.raises(data_types.DataError, match='klingon'):
+  with pytest.raises(ConfigError, match="'klingon': write it as in 'fr'"):
     files.parse_language('klingon')
 
 
