@@ -50,9 +50,7 @@ class SparsityConfig:
     target: closed fraction to reach, 0 to 1.
     ramp: fraction of the training over which the target rises linearly from 0.
     weight: alpha of the penalty.
-    penalty: `squared`, `abs`, `abs_squared` or `hinge`; see `losses.sparsity_penalty`. An absolute
-      difference pushes all gates alike with a force that only changes sign at the target, which
-      drowns what tells contexts apart; the square's fades.
+    penalty: `abs_squared`, `abs`, `squared` or `hinge`; see `losses.sparsity_penalty`.
     count: `modules` counts gates alike, `macs` weighs them by their cost.
     per_stack: True holds encoder and decoder each to the target, False their sum.
     tau_start, tau_end: temperature of the Gumbel-Softmax, geometric in between.
@@ -61,13 +59,13 @@ class SparsityConfig:
   """
 
   target: float = 0.5
-  ramp: float = 0.5
-  weight: float = 300.0
-  penalty: str = 'squared'
+  ramp: float = 0.3
+  weight: float = 100.0
+  penalty: str = 'abs_squared'
   count: str = 'modules'
   per_stack: bool = False
   tau_start: float = 1.0
-  tau_end: float = 1.0
+  tau_end: float = 0.3
   freeze: float = 0.3
 
   def validate(self) -> None:

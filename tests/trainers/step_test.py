@@ -156,7 +156,7 @@ def test_penalty_of_given_gates(count, per_stack):
   weight = lambda *stacks: sum(costs[s.name] * s.layers for s in sites if s.stack in stacks)
   closed = weight('decoder') / weight('encoder', 'decoder')
   np.testing.assert_allclose(sparsity, closed, rtol=1e-5)
-  of = lambda s: (0.25 - s) ** 2
+  of = lambda s: abs(0.25 - s) + (0.25 - s) ** 2
   expected = (of(0) + of(1)) / 2 if per_stack else of(closed)
   np.testing.assert_allclose(penalty, expected, rtol=1e-5)
 
