@@ -57,6 +57,11 @@ def test_required_flags(name):
       ),
       "error: --config: there is no 'dens'",
     ),
+    (
+      'sweep',
+      (f'--config={CONFIGS}/quickstart.py', '--workdir=a', '--only=foo'),
+      "error: only is 'foo'",
+    ),
     ('train', (f'--config={CONFIGS}/nothing.py', '--workdir=a'), 'No such file or directory'),
   ],
 )

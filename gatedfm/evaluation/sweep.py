@@ -108,7 +108,8 @@ def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
   """Trains one point of the sweep in this process."""
   from gatedfm.trainers import loop
 
-  train = check(cfg).points[name]
+  choice('only', name, tuple(check(cfg).points))
+  train = cfg.points[name]
   train.name = name
   train.data_dir = train.data_dir or cfg.data_dir
   if train.init_from in cfg.points:
