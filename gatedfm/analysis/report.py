@@ -154,8 +154,10 @@ def headline(summary: Mapping[str, Any]) -> str:
   points = summary['points']
   first = next(iter(points))
   ratio = _number(best.get('time_ratio'), 100, '.1f')
-  cer, dense = (_number(_get(points.get(point), 'cer/mean'), 100, '.2f') for point in (name, first))
-  text = f'{name} takes {ratio}% of the time of {first} at a CER of {cer}% against {dense}%'
+  parent = points[name].get('parent') or first
+  cer, dense = (_number(_get(points[point], 'cer/mean'), 100, '.2f') for point in (name, parent))
+  text = f'{name} takes {ratio}% of the time of {first} at a CER of {cer}%'
+  text += f' against {dense}% of {parent}'
   difference, bounds = best.get('cer_difference'), best.get('cer_difference_interval')
   if difference is not None:
     text += f', a difference of {100 * difference:+.2f} points'

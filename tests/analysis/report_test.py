@@ -126,9 +126,11 @@ def test_headline(summary):
     'cer_difference_interval': [-0.003, 0.001],
   }
   assert report.headline(summary) == (
-    'gated_0.5 takes 62.0% of the time of dense at a CER of 14.31% against 14.00%, a '
+    'gated_0.5 takes 62.0% of the time of dense at a CER of 14.31% against 14.00% of dense, a '
     'difference of -0.12 points (95% interval -0.30 to +0.10).'
   )
+  summary['points']['gated_0.5']['parent'] = 'gated_0.3'
+  assert '% of gated_0.3, a difference' in report.headline(summary)
 
 
 def test_table_is_aligned(summary):
