@@ -34,6 +34,7 @@ class Examples:
     offsets: i64 [rows + 1], where each row starts.
     sos: token id with which the decoder's input starts.
     tasks: names of the task ids.
+    loss_weights: f32 [tasks], by task id, of an example's loss.
   """
 
   source: np.ndarray
@@ -47,6 +48,7 @@ class Examples:
   offsets: np.ndarray
   sos: int
   tasks: tuple[str, ...]
+  loss_weights: np.ndarray
 
   def __len__(self) -> int:
     return len(self.utterance)
@@ -86,16 +88,25 @@ def build_examples(
   Args:
     sources: one or several; the order counts.
     tokenizer: knows the languages and tasks.
-    config: `tasks`, `max_frames`, `max_tokens`, `notimestamps`, `lid_ctc` are read.
+    config: `tasks`, `loss_weights`, `max_frames`, `max_tokens`, `notimestamps`, `lid_ctc` are
+      read.
 
   Returns:
     The examples, and (record id, reason) for all that could not be used.
 
   Raises:
-    ValueError: a task that the tokenizer does not know.
+    ValueError: a task that the tokenizer does not know, or weights for other than all tasks.
     DataError: no example is left; the message has the first reasons.
   """
   task_ids = {task: tokenizer.task_id(task) for task in config.tasks}
+  loss_weights = np.ones(len(tokenizer.tasks), np.float32)
+  if config.loss_weights:
+    if len(config.loss_weights) != len(config.tasks) or min(config.loss_weights) < 0:
+      raise ValueError(
+        f'data.loss_weights {config.loss_weights} must give each of the tasks '
+        f'{" ".join(config.tasks)} a weight of at least 0'
+      )
+    loss_weights[list(task_ids.values())] = config.loss_weights
   table, columns, skipped = _Table(), [], []
   for s, source in enumerate(sources):
     for u, record in enumerate(source.records):
@@ -135,7 +146,8 @@ def build_examples(
       f'{" ".join(config.tasks)}: {reasons or "no text for them"}'
     )
   arrays = np.array(columns, np.int32).T.copy()
-  return Examples(*arrays, *table.arrays(), tokenizer.sos, tokenizer.tasks), skipped
+  examples = Examples(*arrays, *table.arrays(), tokenizer.sos, tokenizer.tasks, loss_weights)
+  return examples, skipped
 
 
 def _unusable(record: types.Record, tokenizer: Tokenizer, config: DataConfig) -> str | None:

@@ -37,6 +37,8 @@ class DataConfig:
       tokenizer and feature statistics come from `sources` alone.
     tasks: 'asr', 'lid', 'st_xxx'.
     task_weights: times that an epoch sees each example of a task; () = once.
+    loss_weights: weight of each task's examples in the loss; () = 1. A language is one token and
+      a transcript many, so that where gates choose what to give up, nats alone misprice them.
     batch_frames: B · T of a batch at most, over all hosts.
     batch_size: B of every bucket instead; 0 = by `batch_frames`.
     bucket_frames: boundaries of the buckets; () = those that pad the data the least.
@@ -53,6 +55,7 @@ class DataConfig:
   extra: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ('asr', 'lid', 'st_eng')
   task_weights: tuple[float, ...] = ()
+  loss_weights: tuple[float, ...] = ()
   batch_frames: int = 16_000
   batch_size: int = 0
   bucket_frames: tuple[int, ...] = ()
@@ -83,6 +86,7 @@ def _collate(
     'ctc_length': np.zeros(size, np.int32),
     'language': examples.language[rows_B],
     'task': examples.task[rows_B],
+    'weight': examples.loss_weights[examples.task[rows_B]],
     'index': rows_B.astype(np.int64),
     'valid': valid_B,
   }
@@ -108,6 +112,7 @@ def batch_arrays(shape: Shape) -> dict[str, tuple[tuple[int, ...], type]]:
     'decoder_target': ((b, shape.tokens), np.int32),
     'ctc_labels': ((b, shape.labels), np.int32),
     'valid': ((b,), np.bool_),
+    'weight': ((b,), np.float32),
   } | dict.fromkeys(('frames', 'ctc_length', 'language', 'task'), ((b,), np.int32))
 
 

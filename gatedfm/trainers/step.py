@@ -119,7 +119,9 @@ class Objective:
     attention = jnp.sum(attention_B * valid_B) / count
     targets = jnp.where(batch['valid'][:, None], batch['decoder_target'], losses.IGNORED)
     right, counted = losses.token_accuracy(out.logits, targets)
-    loss = cfg.ctc_weight * ctc + (1 - cfg.ctc_weight) * attention
+    weight_B = valid_B * batch['weight']
+    loss = cfg.ctc_weight * jnp.sum(ctc_B * weight_B) / jnp.maximum(transcribed, 1.0)
+    loss += (1 - cfg.ctc_weight) * jnp.sum(attention_B * weight_B) / count
     metrics = {
       'ctc_loss': ctc,
       'attention_loss': attention,

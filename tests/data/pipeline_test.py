@@ -75,6 +75,13 @@ def test_an_epoch_sees_every_example_once(data):
   assert iterator.epoch == 3
 
 
+def test_batches_carry_the_weight_of_each_example(data):
+  weights = np.array([1, 7, 2], np.float32)
+  changed = data._replace(examples=dataclasses.replace(data.examples, loss_weights=weights))
+  for batch in take(train(changed), 20):
+    np.testing.assert_array_equal(batch['weight'], weights[batch['task']])
+
+
 def test_task_weights_set_how_often_an_epoch_sees_a_task(data):
   iterator = train(data, task_weights=(2.0, 0.5, 0.0))
   sizes = np.bincount(data.examples.task)

@@ -46,6 +46,7 @@ def batch(seed=0):
     'language': rng.integers(0, 4, BATCH),
     'task': rng.integers(0, 3, BATCH),
     'valid': np.ones(BATCH, bool),
+    'weight': np.ones(BATCH, np.float32),
   }
 
 
@@ -179,6 +180,22 @@ def test_loss_is_a_weighted_sum(evaluated):
   np.testing.assert_allclose(values['loss'], both, rtol=1e-6)
   assert values['count'] == BATCH
   assert 'sparsity' not in values
+
+
+def test_weights_scale_the_losses_of_their_examples_and_no_metric(evaluated):
+  _, run = evaluated
+  rows = batch()
+  plain = run(rows)
+  halves = []
+  for kept in (np.arange(BATCH) < 3, np.arange(BATCH) >= 3):
+    values = run(rows | {'weight': np.where(kept, 1, 0).astype(np.float32)})
+    for name in ('ctc_loss', 'attention_loss', 'token_accuracy'):
+      np.testing.assert_allclose(values[name], plain[name], rtol=1e-6)
+    halves.append(values['loss'])
+  np.testing.assert_allclose(sum(halves), plain['loss'], rtol=1e-5)
+  weights = np.where(np.arange(BATCH) < 3, 10, 1).astype(np.float32)
+  loss = run(rows | {'weight': weights})['loss']
+  np.testing.assert_allclose(loss, 10 * halves[0] + halves[1], rtol=1e-5)
 
 
 def test_padding_rows_count_nothing(evaluated):
