@@ -11,4 +11,5 @@ install requirements.txt requirements-test.txt
 if [ "$parity" = yes ]; then bash tests/parity/install.sh "$PWD/.venv/bin/python"; fi
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Two processes: what tests compile, they compile on one core.
+exec python -m pytest -n 2 --dist loadfile "$@"
