@@ -13,7 +13,7 @@ from configs.gated_speech import quickstart, tiny
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers.config import TrainConfig
 
-STEPS, GATED_STEPS = 12_000, 500
+STEPS, GATED_STEPS = 12_000, 600
 # Synthetic voices that read other words: more text than the recordings have, and speakers that
 # do not give their language away. Belarusian has no word list.
 EXTRA = ('espeak:phrases?number=300', 'espeak:stamps?languages=bel')

@@ -25,7 +25,7 @@ class OptimizerConfig:
 
   name: str = 'muon'
   peak_lr: float = 1e-3
-  gate_lr: float = 1e-2
+  gate_lr: float = 3e-3
   warmup: int = 500
   schedule: str = 'cosine'
   final_fraction: float = 0.02
@@ -49,8 +49,10 @@ class SparsityConfig:
   Attributes:
     target: closed fraction to reach, 0 to 1.
     ramp: fraction of the training over which the target rises linearly from 0.
-    weight: alpha of the penalty.
-    penalty: `abs_squared`, `abs`, `squared` or `hinge`; see `losses.sparsity_penalty`.
+    weight: alpha of the penalty, in nats per utterance and module, so that the price of one
+      module (with the square, 2 alpha d at a distance d from the target) is the same in a
+      model of 15 and of 126 modules.
+    penalty: `squared`, `abs_squared`, `abs` or `hinge`; see `losses.sparsity_penalty`.
     count: `modules` counts gates alike, `macs` weighs them by their cost.
     per_stack: True holds encoder and decoder each to the target, False their sum.
     tau_start, tau_end: temperature of the Gumbel-Softmax, geometric in between.
@@ -59,13 +61,13 @@ class SparsityConfig:
   """
 
   target: float = 0.5
-  ramp: float = 0.3
-  weight: float = 100.0
-  penalty: str = 'abs_squared'
+  ramp: float = 0.5
+  weight: float = 20.0
+  penalty: str = 'squared'
   count: str = 'modules'
   per_stack: bool = False
   tau_start: float = 1.0
-  tau_end: float = 0.3
+  tau_end: float = 1.0
   freeze: float = 0.3
 
   def validate(self) -> None:

@@ -129,7 +129,8 @@ class Objective:
     }
     if cfg.model.gates.enabled:
       penalty, sparsity = self._penalty(out.encoded.gates, gating_now['target'])
-      loss += gating_now['weight'] * penalty
+      modules = sum(site.layers for site in cfg.model.sites())
+      loss += gating_now['weight'] * modules * penalty
       metrics |= {
         'sparsity': sparsity,
         'sparsity_target': gating_now['target'],

@@ -121,6 +121,10 @@ def test_predictor_searches_then_rests_while_the_model_goes_on(single):
   assert all(of_gates(searching, True))
   assert any(of_gates(searching, False))
   assert metrics['sparsity_target'] == 0.5
+  cfg, modules = single.cfg, 5
+  hybrid = cfg.ctc_weight * metrics['ctc_loss'] + (1 - cfg.ctc_weight) * metrics['attention_loss']
+  priced = cfg.sparsity.weight * modules * metrics['penalty']
+  np.testing.assert_allclose(metrics['loss'], hybrid + priced, rtol=1e-5)
 
   before = host(state.params)
   state, _ = single(state, batch(2), 5)  # half of the training: the freeze
@@ -157,7 +161,7 @@ def test_penalty_of_given_gates(count, per_stack):
   weight = lambda *stacks: sum(costs[s.name] * s.layers for s in sites if s.stack in stacks)
   closed = weight('decoder') / weight('encoder', 'decoder')
   np.testing.assert_allclose(sparsity, closed, rtol=1e-5)
-  of = lambda s: abs(0.25 - s) + (0.25 - s) ** 2
+  of = lambda s: (0.25 - s) ** 2
   expected = (of(0) + of(1)) / 2 if per_stack else of(closed)
   np.testing.assert_allclose(penalty, expected, rtol=1e-5)
 
