@@ -69,7 +69,7 @@ def load(path: Path, start: float = 0, end: float | None = None) -> np.ndarray:
     int16 [S] at 16 kHz, channels averaged, at the common speech level.
 
   Raises:
-    DataError: neither soundfile nor ffmpeg can decode it.
+    DataError: neither soundfile nor ffmpeg can decode it, or a sample is no finite number.
   """
   try:
     with soundfile.SoundFile(path) as file:
@@ -79,7 +79,9 @@ def load(path: Path, start: float = 0, end: float | None = None) -> np.ndarray:
       frames = -1 if end is None else round((end - start) * rate)
       audio = file.read(frames, dtype='float32')
   except soundfile.LibsndfileError:
-    return to_int16(level(_ffmpeg_load(path, start, end)))
+    audio, rate = _ffmpeg_load(path, start, end), SAMPLE_RATE
+  if not np.isfinite(audio).all():  # one such sample would spoil the level of all
+    raise DataError(f'{path} has NaN or infinite samples: export it again')
   return to_int16(level(resample(audio, rate)))
 
 

@@ -94,6 +94,17 @@ def test_missing_empty_and_undecodable_files_are_told_apart(tmp_path):
     audio_io.load(tmp_path / 'text.wav')
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('kind', ['wav', 'mkv'])  # soundfile reads the one, ffmpeg the other
+def test_samples_that_are_no_numbers_are_refused(tmp_path, kind, bad):
+  audio, source, path = tone(1, 16_000), tmp_path / 'a.wav', tmp_path / f'bad.{kind}'
+  audio[5] = bad
+  soundfile.write(source, audio, 16_000, 'FLOAT')
+  subprocess.run([audio_io.ffmpeg(), '-v', 'error', '-i', source, '-c', 'copy', path], check=True)
+  with pytest.raises(DataError, match=rf'bad\.{kind} has NaN or infinite samples'):
+    audio_io.load(path)
+
+
 def test_float_audio_beyond_full_scale_clips_in_int16():
   audio = audio_io.to_int16(np.array([-2, -1, 0.5, 1, 2]))
   assert audio.tolist() == [-32768, -32768, 16384, 32767, 32767]
