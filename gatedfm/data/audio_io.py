@@ -105,7 +105,7 @@ def probe(path: Path) -> Probe:
   try:
     file = soundfile.SoundFile(path)
   except soundfile.LibsndfileError as error:
-    return _ffmpeg_probe(path, str(error))
+    return _ffmpeg_probe(path, error.error_string)
   with file:
     if not file.frames:
       return Probe(0, f'empty or truncated {path}: it holds no audio')

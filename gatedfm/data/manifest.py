@@ -30,7 +30,7 @@ import numpy as np
 
 from gatedfm.data import audio_io, languages, splits, store
 from gatedfm.data.progress import track
-from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError, Record
+from gatedfm.data.types import MIN_SECONDS, SAMPLE_RATE, SPLITS, DataError, Record
 
 FIELDS = (
   'audio', 'language', 'text', 'translation', 'translation_language', 'task', 'start',
@@ -39,7 +39,7 @@ FIELDS = (
 _SPLIT_NAMES = dict(zip(SPLITS, SPLITS)) | {
   'dev': 'validation', 'valid': 'validation', 'val': 'validation',
 }  # fmt: skip
-_MIN_SECONDS = 0.1
+_SLACK = 0.1  # seconds by which containers and decoders may differ on a length
 _SHOWN = 20  # problems that a report spells out
 
 
@@ -201,10 +201,10 @@ def _bounds(
     raise DataError(probe.problem)
   length = probe.seconds
   start, end = float(fields.get('start', 0)), float(fields.get('end', length))
-  if end > length + 0.1:
+  if end > length + _SLACK:
     raise DataError(f"'end' is {end:g} s but {fields['audio']} has {length:.2f} s")
   end = min(end, length)
-  if end - start < _MIN_SECONDS:
+  if end - start < MIN_SECONDS:
     raise DataError(f'too short: {end - start:.2f} s of {fields["audio"]}')
   if end - start > max_seconds:
     raise DataError(f'too long: {end - start:.1f} s, at most {max_seconds:g} are allowed')
@@ -331,7 +331,7 @@ class Manifest:
     path, start, end = self._parts[i]
     audio = audio_io.load(Path(path), start, end)
     missing = self.records[i].num_samples - len(audio)
-    if missing > _MIN_SECONDS * SAMPLE_RATE:
+    if missing > _SLACK * SAMPLE_RATE:
       raise DataError(f'{path} is shorter than when it was checked: is it being written?')
     return np.pad(audio, (0, max(missing, 0)))[: self.records[i].num_samples]
 

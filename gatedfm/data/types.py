@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz, of all audio inside the project
+MIN_SECONDS = 0.1  # shorter audio holds no speech
 SPLITS = ('train', 'validation', 'test')
 LANGUAGES = ('fra', 'spa', 'rus', 'ron', 'cat', 'bul', 'bel', 'ell', 'dan')
 

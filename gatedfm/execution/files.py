@@ -9,7 +9,7 @@ import numpy as np
 
 from gatedfm import gates as gates_lib
 from gatedfm.data import audio_io, features, languages
-from gatedfm.data.types import DataError
+from gatedfm.data.types import MIN_SECONDS, DataError
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech_config import ConfigError
@@ -76,18 +76,15 @@ def transcribe(
     ctc: write the best CTC path.
 
   Raises:
-    FileError: missing, unreadable, empty or too long.
+    FileError: missing, unreadable, empty, truncated, too short or too long; the message does
+      not repeat the path.
   """
-  if not path.exists():
-    raise FileError('no such file')
   try:
-    mel_TxM = features.log_mel(audio_io.load(path))
-    padded = np.zeros((1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32)
+    padded, frames = _read(path)
   except (DataError, ValueError) as e:
-    raise FileError(str(e)) from None
-  padded[0, : len(mel_TxM)] = mel_TxM
-  frames = np.array([len(mel_TxM)], np.int32)
-  if not language:
+    message = str(e).replace(f' {path}', '').removeprefix(f'{path} ')
+    raise FileError(message) from None
+  if not language and task != 'lid':
     language = recognizer.languages(recognizer(padded, frames, 'lid', ['']))[0]
   decoded = recognizer(padded, frames, task, [language])
   if task == 'lid':
@@ -100,3 +97,16 @@ def transcribe(
   one = gates_lib.Gates({k: np.asarray(v) for k, v in decoded.gates.values.items()})
   pattern = gates_lib.pattern(one, sites, example=0)
   return Result(text, language, str(pattern), pattern.open_fraction)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Features of a file, padded to their bucket [1, T, M], and their number of frames [1]."""
+  probe = audio_io.probe(path)
+  if probe.problem:
+    raise DataError(probe.problem)
+  if probe.seconds < MIN_SECONDS:
+    raise DataError(f'too short: {probe.seconds:.2f} s, at least {MIN_SECONDS:g} s are needed')
+  mel_TxM = features.log_mel(audio_io.load(path))
+  padded = np.zeros((1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32)
+  padded[0, : len(mel_TxM)] = mel_TxM
+  return padded, np.array([len(mel_TxM)], np.int32)

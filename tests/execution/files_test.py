@@ -81,16 +81,23 @@ def test_without_a_language_it_is_found_out_first(stereo):
     ('lid', ['']),
     ('st_eng', ['rus']),
   ]
+
+
+def test_a_language_is_identified_once(stereo):
+  fake = FakeRecognizer()
   result = files.transcribe(fake, stereo, 'lid')
   assert result.text == result.language == 'rus'
+  assert [(task, languages) for *_, task, languages in fake.calls] == [('lid', [''])]
 
 
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (None, 'no such file'),
-    (b'no audio at all', 'undecodable|ffmpeg'),
-    (np.zeros(100), 'at least 257'),
+    (None, '^missing file$'),
+    (b'', '^empty file$'),
+    (b'no audio at all', '^undecodable audio: '),
+    (np.zeros(800), r'^too short: 0\.05 s, at least 0\.1 s are needed$'),
+    (np.full(16_000, np.inf), '^has NaN or infinite samples'),
     (np.zeros(31 * 16_000), r'31\.0 s of audio.*cut the file'),
   ],
 )
@@ -99,10 +106,19 @@ def test_files_that_cannot_be_transcribed(tmp_path, content, message):
   if isinstance(content, bytes):
     path.write_bytes(content)
   elif content is not None:
-    soundfile.write(path, content, 16_000)
+    soundfile.write(path, content, 16_000, 'FLOAT')
   fake = FakeRecognizer()
   with pytest.raises(files.FileError, match=message):
     files.transcribe(fake, path, 'asr', 'fra')
+  assert not fake.calls
+
+
+def test_a_truncated_file_is_refused(stereo):
+  content = stereo.read_bytes()
+  stereo.write_bytes(content[: len(content) // 2])
+  fake = FakeRecognizer()
+  with pytest.raises(files.FileError, match=r'^truncated: 0\.45 of 0\.90 s are there$'):
+    files.transcribe(fake, stereo, 'asr', 'fra')
   assert not fake.calls
 
 
@@ -150,7 +166,7 @@ def test_the_command_goes_on_after_a_bad_file(gated_run, tone_data, stereo):
   test = tone_data / 'test1.wav'
   arguments = (f'--checkpoint={gated_run}', '--task=st:en', stereo, 'missing.wav', test)
   out, err = tiny_run.finish(tiny_run.start(tone_data, 'transcribe', *arguments), code=1)
-  assert err.strip().endswith('missing.wav\terror: no such file')
+  assert err.strip().endswith('missing.wav\terror: missing file')
   lines = out.splitlines()
   assert [line.split('\t')[0] for line in lines if '\t' in line] == [str(stereo), str(test)]
   gates = [line for line in lines if ' open ' in line]
