@@ -40,6 +40,7 @@ _SPLIT_NAMES = dict(zip(SPLITS, SPLITS)) | {
   'dev': 'validation', 'valid': 'validation', 'val': 'validation',
 }  # fmt: skip
 _SLACK = 0.1  # seconds by which containers and decoders may differ on a length
+_LATEST = 1e9  # seconds; no start or end is later
 _SHOWN = 20  # problems that a report spells out
 
 
@@ -117,9 +118,10 @@ def check(
     try:
       fields = _parse(line, max_chars)
       fields['audio'] = str(path.parent.absolute() / fields['audio'])
-      first = seen.setdefault(fields.get('id', f'{number}'), number)
+      name = fields.setdefault('id', f'line {number}')
+      first = seen.setdefault(name, number)
       if first != number:
-        raise DataError(f'id {fields["id"]!r} is also that of line {first}')
+        raise DataError(f'id {name!r} is also that of line {first}')
       parsed[number] = fields
     except DataError as error:
       problems[number] = str(error)
@@ -157,7 +159,8 @@ def _parse(line: str, max_chars: int) -> dict[str, Any]:
   languages.check(fields['language'])
   for name in ('start', 'end'):
     value = fields.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < _LATEST:  # NaN, which Python's JSON knows, is neither
       raise DataError(f'{name!r} should be seconds, not {value!r}')
   if 'split' in fields and fields['split'] not in list(_SPLIT_NAMES):
     raise DataError(f'unknown split {fields["split"]!r}: one of {", ".join(SPLITS)}')
@@ -219,14 +222,14 @@ def _entries(
   for fields in parsed.values():
     texts = {fields['language']: fields.get('text', ''), **fields['translation']}
     shared = [(k, splits.text_key(v)) for k, v in texts.items() if splits.text_key(v)]
-    named = [('group', fields['group'])] if 'group' in fields else []
+    named = [('group', fields['group'])] if fields.get('group') else []
     keys.append(named or shared or [('audio', fields['audio'])])
   entries = []
   for (number, fields), first in zip(parsed.items(), splits.connected(keys)):
     start, end = bounds[number]
     group = ':'.join(keys[first][0])
     record = Record(
-      id=fields.get('id', f'line {number}'),
+      id=fields['id'],
       source=f'manifest:{path.name}',
       language=fields['language'],
       text=fields.get('text'),

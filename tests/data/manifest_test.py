@@ -64,6 +64,10 @@ BAD = [
   (GOOD | {'start': 'x'}, "'start' should be seconds, not 'x'"),
   (GOOD | {'start': -1}, "'start' should be seconds"),
   (GOOD | {'start': True}, "'start' should be seconds"),
+  (GOOD | {'start': float('nan')}, "'start' should be seconds, not nan"),
+  (GOOD | {'end': float('nan')}, "'end' should be seconds, not nan"),
+  (GOOD | {'end': float('inf')}, "'end' should be seconds, not inf"),
+  (GOOD | {'end': 10**400}, "'end' should be seconds, not 1000"),
   (GOOD | {'end': 3}, "'end' is 3 s but"),
   (GOOD | {'start': 0.5, 'end': 0.55}, 'too short: 0.05 s'),
   (GOOD | {'audio': 'gone.wav'}, 'missing file'),
@@ -108,6 +112,16 @@ def test_duplicate_ids_are_bad(folder):
   path = write(folder, GOOD | {'id': 'x'}, GOOD | {'id': 'y'}, GOOD | {'id': 'x'})
   report = manifest.check(path, folder / 'cache')
   assert report.problems == [(3, "id 'x' is also that of line 1")]
+
+
+def test_an_id_may_look_like_a_line_number(folder):
+  path = write(folder, GOOD | {'id': '3'}, GOOD, GOOD)
+  report = manifest.check(path, folder / 'cache')
+  assert not report.problems
+  assert [entry.record.id for entry in report.entries] == ['3', 'line 2', 'line 3']
+  path = write(folder, GOOD | {'id': 'line 2'}, GOOD)
+  report = manifest.check(path, folder / 'cache')
+  assert report.problems == [(2, "id 'line 2' is also that of line 1")]
 
 
 @pytest.mark.parametrize('content', ['', '\n\n'])
@@ -167,6 +181,12 @@ def test_a_given_group_decides_alone(folder):
   lines = [GOOD | {'text': f'Phrase {i}', 'group': 'one'} for i in range(30)]
   report = manifest.check(write(folder, *lines), folder / 'cache')
   assert len({entry.split for entry in report.entries}) == 1
+
+
+def test_an_empty_group_is_none(folder):
+  lines = [GOOD | {'text': f'Phrase {i}'} for i in range(30)]
+  check = lambda lines: manifest.check(write(folder, *lines), folder / 'cache').entries
+  assert check([line | {'group': ''} for line in lines]) == check(lines)
 
 
 def test_a_split_without_lines_is_an_error(folder):
