@@ -5,7 +5,7 @@ import re
 
 from gatedfm.data import languages as languages_lib
 from gatedfm.data import splits
-from gatedfm.data.types import LANGUAGES, Parallel
+from gatedfm.data.types import LANGUAGES, DataError, Parallel
 
 # Sparse beyond a hundred, to keep the numbers from outweighing the names.
 _NUMBERS = (*range(100), *range(100, 1000, 37), *range(1000, 10_000, 970))
@@ -22,6 +22,9 @@ def terms(languages: tuple[str, ...] = LANGUAGES) -> list[Parallel]:
   Returns:
     Names known in all these languages, and numbers, with their group (terms that share a
     text in any language) and split 80/10/10.
+
+  Raises:
+    DataError: a language that Babel lacks.
   """
   wanted = tuple(dict.fromkeys((*languages, 'eng')))
   names = {language: _names(language) for language in wanted}
@@ -42,7 +45,10 @@ def terms(languages: tuple[str, ...] = LANGUAGES) -> list[Parallel]:
 def _names(language: str) -> dict[str, str]:
   import babel
 
-  locale = babel.Locale.parse(languages_lib.CODES[language])
+  try:
+    locale = babel.Locale.parse(languages_lib.CODES.get(language, language))
+  except babel.UnknownLocaleError as error:
+    raise DataError(f'Babel knows no names in {language!r}: drop this language') from error
   tables = {
     'territory': {k: v for k, v in locale.territories.items() if not k.isdigit()},
     'language': locale.languages,
@@ -63,7 +69,7 @@ def _names(language: str) -> dict[str, str]:
 def _numbers(language: str) -> dict[str, str]:
   import num2words
 
-  code = languages_lib.CODES[language]
+  code = languages_lib.CODES.get(language, language)
   if code not in num2words.CONVERTER_CLASSES:
     return {}
   return {f'number/{n}': num2words.num2words(n, lang=code) for n in _NUMBERS}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedfm.data import fetch, splits
+from gatedfm.data import languages as languages_lib
 from gatedfm.data.types import LANGUAGES, DataError, Source
 
 KNOWN = {
@@ -77,10 +78,14 @@ def _options(spec: str, query: str, opener: Callable[..., Source]) -> dict[str, 
       names = ', '.join(known) or 'none'
       raise DataError(f'unknown option {name!r} of source {spec!r}; known are: {names}')
     try:
-      options[name] = tuple(value.split(',')) if known[name] is tuple else known[name](value)
+      options[name] = (_languages if known[name] is tuple else known[name])(value)
     except ValueError as error:
       raise DataError(f'bad option {name!r} of source {spec!r}: {error}') from error
   return options
+
+
+def _languages(value: str) -> tuple[str, ...]:
+  return tuple(languages_lib.check(language) for language in value.split(','))
 
 
 # The packages behind the sources load when a source is first opened.

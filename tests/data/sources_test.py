@@ -27,6 +27,14 @@ def test_options_are_checked(tmp_path):
     sources.load('espeak?voices=two', 'train', tmp_path)
   with pytest.raises(DataError, match='known are: none'):
     sources.load('stamps?voices=2', 'train', tmp_path)
+  with pytest.raises(DataError, match="bad option 'languages' .* 'fr': write 'fra'"):
+    sources.load('espeak?languages=spa,fr', 'train', tmp_path)
+
+
+@pytest.mark.parametrize('language', ['ach', 'xyz'])  # with a short code, and without
+def test_languages_without_names_are_named(language, tmp_path):
+  with pytest.raises(DataError, match=f"no names in '{language}'"):
+    sources.load(f'espeak?languages={language}', 'train', tmp_path)
 
 
 @pytest.mark.parametrize('spec', ['stamps', 'espeak', 'asterisk', 'espeak:stamps'])
