@@ -43,6 +43,8 @@ def test_required_flags(name):
     ('evaluate', ('--checkpoint=a', '--spilt=test'), 'Unknown command line flag'),
     ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
     ('transcribe', ('--checkpoint=a',), 'no audio files given'),
+    ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
+    ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),
     (
       'train',
       (f'--config={CONFIGS}/tiny.py', '--workdir=a', '--config.stepz=5'),
@@ -72,11 +74,21 @@ def test_wrong_arguments(name, arguments, message):
   assert 'Traceback' not in result.stderr
 
 
+TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')
+
+
 @pytest.mark.parametrize(
-  ('task', 'message'), [('sing', 'is not asr, lid or st:LANGUAGE'), ('asr', 'has no config.json')]
+  ('arguments', 'message'),
+  [
+    ((*TRANSCRIBE, '--task=sing'), 'is not asr, lid or st:LANGUAGE'),
+    ((*TRANSCRIBE, '--task=asr'), 'has no config.json'),
+    (('data.europarl_st', '--root=nowhere', '--out=b'), 'no de/TARGET of en, de, fr, it below'),
+    (('data.fleurs', '--root=nowhere', '--out=b', '--languages=fr_fr'), 'corpus unpacked whole?'),
+  ],
 )
-def test_errors_are_one_line(task, message):
-  result = run('gatedfm.transcribe', '--checkpoint=nothing', f'--task={task}', 'a.wav')
+def test_errors_are_one_line(arguments, message):
+  name, *arguments = arguments
+  result = run(f'gatedfm.{name}', *arguments)
   assert result.returncode == 1
   assert result.stderr.startswith('error: ')
   assert message in result.stderr

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from gatedfm.data import languages, manifest
 from gatedfm.data.types import DataError
@@ -91,16 +91,21 @@ def _segments(folder: Path, source: str) -> Iterator[tuple[str, str, str, str, s
       yield speech, start, end, text.strip(), translation.strip()
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
+def main(argv: list[str]) -> None:
+  from gatedfm import mains  # not above: what only imports this module needs no commands
+
+  mains.no_arguments(argv)
   found = lines(Path(flags.FLAGS.root), flags.FLAGS.sources, flags.FLAGS.targets)
-  count = manifest.write(Path(flags.FLAGS.out), found)
+  with mains.clear_errors():
+    count = manifest.write(Path(flags.FLAGS.out), found)
   print(f'{flags.FLAGS.out}: {count} segments')
 
 
 if __name__ == '__main__':
+  from gatedfm import mains
+
   flags.DEFINE_string('root', None, 'The unpacked corpus.', required=True)
   flags.DEFINE_string('out', None, 'The manifest to write.', required=True)
   flags.DEFINE_list('sources', ['de', 'fr', 'it'], 'Spoken languages.')
   flags.DEFINE_list('targets', ['en', 'de', 'fr', 'it'], 'Languages of the text.')
-  app.run(main)
+  mains.run(main)

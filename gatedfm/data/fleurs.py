@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from gatedfm.data import languages, manifest
 from gatedfm.data.types import DataError
@@ -73,16 +73,20 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     yield row[0], row[1], row[2]
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  count = manifest.write(
-    Path(flags.FLAGS.out), lines(Path(flags.FLAGS.root), flags.FLAGS.languages)
-  )
+def main(argv: list[str]) -> None:
+  from gatedfm import mains  # not above: what only imports this module needs no commands
+
+  mains.no_arguments(argv)
+  found = lines(Path(flags.FLAGS.root), flags.FLAGS.languages)
+  with mains.clear_errors():
+    count = manifest.write(Path(flags.FLAGS.out), found)
   print(f'{flags.FLAGS.out}: {count} utterances')
 
 
 if __name__ == '__main__':
+  from gatedfm import mains
+
   flags.DEFINE_string('root', None, 'The unpacked corpus.', required=True)
   flags.DEFINE_string('out', None, 'The manifest to write.', required=True)
   flags.DEFINE_list('languages', None, "As in 'fr_fr,en_us'.", required=True)
-  app.run(main)
+  mains.run(main)
