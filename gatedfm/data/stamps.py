@@ -247,7 +247,11 @@ def prepare(data_dir: Path, tree: Path | None = None) -> Path:
   folder = Path(builder.data_path)
   if not folder.exists():
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except OSError:
+      if not folder.exists():  # else another process was faster, and its data set stands
+        raise
   return folder
 
 

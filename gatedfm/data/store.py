@@ -54,6 +54,8 @@ def fingerprint(path: Path, *names: str) -> str:
 def write(folder: Path, items: Iterable[tuple[Record, np.ndarray]]) -> None:
   """Writes a store, atomically: the folder appears when it is whole.
 
+  Where another process was faster, its store stands.
+
   Args:
     folder: where; its parents are made.
     items: records with their audio, int16 [S]; num_samples is set from the audio.
@@ -69,9 +71,11 @@ def write(folder: Path, items: Iterable[tuple[Record, np.ndarray]]) -> None:
     write_records(partial / _RECORDS, records)
     partial.chmod(0o755)
     os.replace(partial, folder)
-  except BaseException:
+  except OSError:
+    if not folder.exists():
+      raise
+  finally:
     shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 class StoredSource:

@@ -97,6 +97,20 @@ def test_opening_reads_the_index_alone_and_fingerprints_differ(prepared, opened)
   assert again.records == opened['test'].records
 
 
+def test_a_data_set_that_another_process_made_meanwhile_stands(tmp_path, prepared, monkeypatch):
+  def read_items(root):
+    shutil.copytree(prepared, folder)
+    return items
+
+  tree = write_tree(tmp_path / 'tree')
+  items, cache = stamps.read_items(tree), tmp_path / 'cache'
+  folder = cache / 'tfds' / prepared.relative_to(prepared.parents[1])
+  monkeypatch.setattr(stamps, 'read_items', read_items)
+  assert stamps.prepare(cache, tree) == folder
+  assert len(stamps.Stamps(folder, 'train')) == len(stamps.Stamps(prepared, 'train'))
+  assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_texts_of_all_items_are_kept(prepared):
   texts = stamps.texts(prepared)
   assert {text.id for text in texts} == set(TREE)
