@@ -96,7 +96,8 @@ def probe(path: Path) -> Probe:
   """Checks that a file is there, decodable, not empty and not truncated.
 
   Truncated is a file that declares more than can be read; a format without a declared
-  length (ogg) ends where it ends. Only the last frames are decoded, if they can be.
+  length (ogg, webm of browsers) ends where it ends. Only the last frames are decoded where
+  soundfile reads the file, and all of it where ffmpeg does.
   """
   if not path.is_file():
     return Probe(0, f'missing file {path}')
@@ -116,9 +117,12 @@ def probe(path: Path) -> Probe:
       return Probe(0, f'truncated {path}: {length:.2f} of {declared:.2f} s are there')
     if _tail_readable(file):
       return Probe(length)
-  readable = _readable_frames(path) / file.samplerate
-  if readable < length * 0.99 - 0.1:
-    return Probe(0, f'truncated {path}: {readable:.2f} of {length:.2f} s can be decoded')
+  return _compared(path, _readable_frames(path) / file.samplerate, length)
+
+
+def _compared(path: Path, readable: float, declared: float) -> Probe:
+  if readable < declared * 0.99 - 0.1:
+    return Probe(0, f'truncated {path}: {readable:.2f} of {declared:.2f} s can be decoded')
   return Probe(readable)
 
 
@@ -142,13 +146,32 @@ def _readable_frames(path: Path) -> int:
 
 
 def _ffmpeg_probe(path: Path, problem: str) -> Probe:
-  # ffmpeg without an output file prints what it knows of the input, and fails.
-  text = _run([ffmpeg(), '-hide_banner', '-i', str(path)]).stderr.decode(errors='replace')
-  found = re.search(r'Duration: (\d+):(\d+):([\d.]+)', text)
-  if not found or 'Audio:' not in text:
+  text = _decoding(path, '-vn')
+  readable = _times('time=', text)
+  if not readable or 'Audio:' not in text:
     return Probe(0, f'undecodable audio {path}: {problem}')
-  hours, minutes, rest = found.groups()
-  return Probe(int(hours) * 3600 + int(minutes) * 60 + float(rest))
+  declared = _times('Duration: ', text)
+  if not declared or 'Estimating duration' in text:
+    return Probe(readable[-1])
+  found = _compared(path, readable[-1], declared[0])
+  if found.problem and 'Video:' in text:
+    # Sound may end before its pictures do: truncated files lack both.
+    pictures = _times('time=', _decoding(path, '-an', '-c', 'copy'))
+    if pictures and not _compared(path, pictures[-1], declared[0]).problem:
+      return Probe(readable[-1])
+  return found
+
+
+def _decoding(path: Path, *options: str) -> str:
+  """What ffmpeg says of a file, and of decoding it."""
+  command = [ffmpeg(), '-hide_banner', '-nostdin', '-i', str(path), *options, '-f', 'null', '-']
+  return _run(command).stderr.decode(errors='replace')
+
+
+def _times(name: str, text: str) -> list[float]:
+  """Seconds of all times that stand behind a name."""
+  found = re.findall(rf'{name}(\d+):(\d+):([\d.]+)', text)
+  return [int(hours) * 3600 + int(minutes) * 60 + float(rest) for hours, minutes, rest in found]
 
 
 @functools.cache

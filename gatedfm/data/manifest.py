@@ -246,7 +246,7 @@ def _entries(
 
 def _probe_all(paths: Iterable[str], data_dir: Path) -> dict[str, audio_io.Probe]:
   """Probes files by a pool of threads; what is known of unchanged files is reused."""
-  cache = data_dir / 'manifests' / 'probes.json'
+  cache = data_dir / 'manifests' / 'probes-2.json'  # numbered by what a probe tells
   known = json.loads(cache.read_text(encoding='utf-8')) if cache.exists() else {}
   stamps = {path: _stamp(path) for path in paths}
   new = sorted(p for p, stamp in stamps.items() if known.get(p, [None])[0] != stamp)

@@ -1,5 +1,6 @@
 """Reading audio of any rate and container, levels, and what is wrong with files."""
 
+import re
 import subprocess
 
 import numpy as np
@@ -33,12 +34,29 @@ def test_any_rate_and_container_become_16_khz_mono(tmp_path, rate, kind):
   assert not audio_io.probe(path).problem
 
 
-@pytest.fixture
-def m4a(tmp_path):
-  source, path = tmp_path / 'a.wav', tmp_path / 'a.m4a'
-  soundfile.write(source, np.concatenate([tone(1, 24_000), tone(1, 24_000, 880)]), 24_000)
-  subprocess.run([audio_io.ffmpeg(), '-v', 'error', '-i', source, path], check=True)
+def convert(source, path, *options):
+  command = [audio_io.ffmpeg(), '-v', 'error', '-i', source, *options, path]
+  subprocess.run(command, check=True)
   return path
+
+
+@pytest.fixture
+def two_tones(tmp_path):
+  path = tmp_path / 'tones.wav'
+  soundfile.write(path, np.concatenate([tone(1, 24_000), tone(1, 24_000, 880)]), 24_000)
+  return path
+
+
+@pytest.fixture
+def m4a(tmp_path, two_tones):
+  return convert(two_tones, tmp_path / 'a.m4a')
+
+
+@pytest.fixture
+def video(tmp_path, two_tones):
+  """Three seconds of pictures and two of sound, the header in front."""
+  pictures = ('-f', 'lavfi', '-i', 'testsrc=duration=3:size=64x64:rate=10', '-c:v', 'mpeg4')
+  return convert(two_tones, tmp_path / 'a.mp4', *pictures, '-movflags', '+faststart')
 
 
 def test_ffmpeg_reads_what_soundfile_does_not_and_cuts_it(m4a):
@@ -72,13 +90,46 @@ def test_level_leaves_silence_and_never_clips():
   assert np.abs(audio_io.level(spiky)).max() <= 0.991
 
 
+def halve(path):
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+
+
 @pytest.mark.parametrize('kind', ['wav', 'flac', 'ogg', 'mp3'])
 def test_truncated_files_are_seen(tmp_path, kind):
   path = tmp_path / f'a.{kind}'
   soundfile.write(path, np.random.default_rng(0).standard_normal(32_000) / 9, 16_000)
-  content = path.read_bytes()
-  path.write_bytes(content[: len(content) // 2])
+  halve(path)
   assert 'truncated' in audio_io.probe(path).problem
+
+
+@pytest.mark.parametrize('kind', ['m4a', 'webm'])
+def test_truncated_files_that_ffmpeg_reads_are_seen(tmp_path, two_tones, kind):
+  path = convert(two_tones, tmp_path / f'a.{kind}', '-movflags', '+faststart')
+  assert audio_io.probe(path).seconds == pytest.approx(2, abs=0.1)
+  halve(path)
+  assert re.search(r'truncated .* [01]\.\d\d of 2\.0\d s', audio_io.probe(path).problem)
+
+
+def test_sound_may_end_before_the_pictures_of_a_video_but_not_with_them(video):
+  assert audio_io.probe(video) == (pytest.approx(2, abs=0.1), '')
+  halve(video)
+  assert 'truncated' in audio_io.probe(video).problem
+
+
+def test_lengths_that_are_not_declared_are_measured(tmp_path, two_tones):
+  streamed = convert(two_tones, tmp_path / 'a.webm', '-live', '1')
+  assert audio_io.probe(streamed) == (pytest.approx(2, abs=0.1), '')
+  assert len(audio_io.load(streamed)) == pytest.approx(32_000, rel=0.05)
+
+
+def test_estimated_lengths_are_not_believed(tmp_path):
+  # Silence takes few bits: by its beginning ffmpeg takes such a stream for a longer one.
+  source = tmp_path / 'a.wav'
+  noise = np.random.default_rng(0).standard_normal(5 * 16_000) / 9
+  soundfile.write(source, np.concatenate([np.zeros(5 * 16_000), noise]), 16_000)
+  path = convert(source, tmp_path / 'a.aac')
+  assert audio_io.probe(path) == (pytest.approx(10, abs=0.2), '')
 
 
 def test_missing_empty_and_undecodable_files_are_told_apart(tmp_path):
@@ -100,7 +151,7 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path, kind, bad):
   audio, source, path = tone(1, 16_000), tmp_path / 'a.wav', tmp_path / f'bad.{kind}'
   audio[5] = bad
   soundfile.write(source, audio, 16_000, 'FLOAT')
-  subprocess.run([audio_io.ffmpeg(), '-v', 'error', '-i', source, '-c', 'copy', path], check=True)
+  convert(source, path, '-c', 'copy')
   with pytest.raises(DataError, match=rf'bad\.{kind} has NaN or infinite samples'):
     audio_io.load(path)
 
