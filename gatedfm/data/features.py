@@ -200,10 +200,6 @@ class FeatureCache:
     """Features of utterance `i`, f32 [T, 80]: a read-only view of the file."""
     return self._frames[self._offsets[i] : self._offsets[i + 1]]
 
-  def stats(self) -> FeatureStats:
-    """Statistics over every frame of the cache."""
-    return FeatureStats.of(self.get(i) for i in range(len(self)))
-
   @classmethod
   def build(cls, source: types.Source, cache_dir: Path | str, workers: int = 0) -> 'FeatureCache':
     """Opens the cache of `source`, computing it first where there is none.
