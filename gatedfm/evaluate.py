@@ -16,7 +16,9 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run
 _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Which split.')
 _OTHER = flags.DEFINE_string('other', '', 'Source for language identification elsewhere.')
 _DATA = flags.DEFINE_string('data_dir', '', 'Where data is prepared.')
-_CTC_WEIGHT = flags.DEFINE_float('ctc_weight', 0.3, 'Of CTC in joint decoding.', 0, 1)
+_CTC_WEIGHT = flags.DEFINE_float(
+  'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
+)
 flags.mark_flag_as_required('checkpoint')
 
 

@@ -19,7 +19,9 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run
 _LANGUAGE = flags.DEFINE_string('language', '', 'ISO code, such as fr or fra; empty: find out.')
 _TASK = flags.DEFINE_string('task', 'asr', 'asr, lid or st:LANGUAGE, such as st:en.')
 _CTC = flags.DEFINE_bool('ctc', False, 'Write the best CTC path instead of the joint text.')
-_CTC_WEIGHT = flags.DEFINE_float('ctc_weight', 0.3, 'Of CTC in joint decoding.', 0, 1)
+_CTC_WEIGHT = flags.DEFINE_float(
+  'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
+)
 flags.mark_flag_as_required('checkpoint')
 
 

@@ -62,7 +62,6 @@ def get_config() -> SweepConfig:
   return SweepConfig(
     points=points,
     other='asterisk?languages=fra,rus,spa',
-    ctc_weight=0.5,
     timed=60,
     rounds=5,
   )

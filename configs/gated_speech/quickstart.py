@@ -36,7 +36,6 @@ def get_config() -> SweepConfig:
   return SweepConfig(
     points={'dense': dense, 'gated': cfg},
     other='asterisk?languages=fra,rus,spa&max_items=60',
-    ctc_weight=0.6,
     timed=20,
     rounds=3,
     longest=192,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,21 +96,43 @@ def open_split(
   """Opens a split, makes its examples and says what was left out, and why.
 
   The training split has the sources of `config.extra` too.
+
+  Raises:
+    DataError: data that cannot be had, no example, or a task that nothing trains.
   """
   opened = open_sources(config, split, data_dir, skip_bad)
   if split == 'train':
     opened += [sources.load(spec, split, data_dir, skip_bad) for spec in config.extra]
   caches = open_features(opened, data_dir)
   examples, skipped = pipeline.build_examples(opened, assets.tokenizer, config)
+  numbers = {t: int((examples.task == assets.tokenizer.task_id(t)).sum()) for t in config.tasks}
+  if split == 'train' and not all(numbers.values()):
+    idle = ' '.join(t for t, number in numbers.items() if not number)
+    raise DataError(
+      f'no training utterance serves {idle} (asr needs text, st_xxx a translation to xxx, all a '
+      f'length within the limits): give what is missing, or drop {idle} from data.tasks'
+    )
   if split != 'train':  # seen now and then: padding costs less than compiling
     config = dataclasses.replace(config, num_buckets=-(-config.num_buckets // 2))
   shapes = pipeline.batch_shapes([examples], config, batch_multiple)
   say(
-    f'data: {split}: {len(examples)} examples of {sum(len(s) for s in opened)} utterances, '
+    f'data: {split}: {len(examples)} examples ('
+    + ', '.join(f'{number} {task}' for task, number in numbers.items())
+    + f') of {sum(len(s) for s in opened)} utterances, '
     f'{len(shapes)} batch shapes (so many compilations): '
     + ', '.join(f'{s.batch}x{s.frames}' for s in shapes)
   )
   if skipped:
-    first = '; '.join(f'{name} ({why})' for name, why in skipped[:3])
-    say(f'data: {split}: {len(skipped)} examples left out, such as {first}')
+    example = {}
+    for name, why in skipped:
+      example.setdefault(_kind(why), name)
+    often = collections.Counter(_kind(why) for _, why in skipped).most_common(5)
+    reasons = '; '.join(f'{number} {kind} (such as {example[kind]})' for kind, number in often)
+    say(f'data: {split}: left out: {reasons}')
   return Split(opened, caches, examples, shapes)
+
+
+def _kind(reason: str) -> str:
+  """A reason without its own number, so that like ones can be counted."""
+  kind = re.sub(r'\d+ (?=frames|tokens)', 'too many ', reason)
+  return re.sub(r'\d+ (?=samples)', 'too few ', kind)

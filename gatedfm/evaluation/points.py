@@ -24,7 +24,7 @@ from gatedfm import gates as gates_lib
 from gatedfm.data import corpus, features, pipeline, sources
 from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
-from gatedfm.execution.recognizer import CTC_WEIGHT, Recognizer
+from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
 from gatedfm.trainers import checkpoints, log, loop
 from gatedfm.trainers import config as config_lib
@@ -67,7 +67,7 @@ def evaluate(
   split: str = 'test',
   other: str = '',
   data_dir: str = '',
-  ctc_weight: float = CTC_WEIGHT,
+  ctc_weight: float | None = None,
 ) -> dict:
   """Quality, gates and costs of a point on a split, from `evaluation_SPLIT.json` where it is fresh.
 
@@ -76,7 +76,7 @@ def evaluate(
     split: of the training sources; `test` reports once, `validation` may choose.
     other: source spec for language identification on another source than the trained one.
     data_dir: where data is prepared.
-    ctc_weight: of CTC in joint decoding of transcripts.
+    ctc_weight: of CTC in joint decoding of transcripts; None is that of the training.
 
   Raises:
     CheckpointError: no trained model there.
@@ -91,11 +91,12 @@ def evaluate(
     'split': split,
     'data': [s.fingerprint for s in corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)],
     'other': other,
-    'ctc_weight': ctc_weight,
+    'ctc_weight': cfg.ctc_weight if ctc_weight is None else ctc_weight,
   }
   if path.exists():
     saved = json.loads(path.read_text())
-    if saved['key'] == key:
+    # Who asks for no other source is served by an evaluation that had one, and does not lose it.
+    if saved['key'] == key | ({} if other else {'other': saved['key']['other']}):
       return saved
   recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
   assets = corpus.Assets.load(workdir / corpus.ASSETS)
@@ -183,7 +184,6 @@ def summarize(
   other: str = '',
   split: str = 'test',
   data_dir: str = '',
-  ctc_weight: float = CTC_WEIGHT,
   number: int = 40,
   rounds: int = 5,
   longest: int = 256,
@@ -193,19 +193,19 @@ def summarize(
   Args:
     points: trained workdirs by name; times refer to the first, and so do differences
       without a parent.
-    other, split, data_dir, ctc_weight: see `evaluate`.
+    other, split, data_dir: see `evaluate`.
     number, rounds, longest: utterances per task, passes and longest frames for timing.
   """
   quality_of = {}
   for name, path in points.items():
     say(f'evaluate: {name}')
-    quality_of[name] = evaluate(path, split, other, data_dir, ctc_weight)
+    quality_of[name] = evaluate(path, split, other, data_dir)
   baseline = next(iter(points))
   cfg = load_train_config(points[baseline])
   folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
   utterances = timing_utterances(cfg, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
-  recognizers = {name: Recognizer.load(path, 'skip', ctc_weight) for name, path in points.items()}
+  recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
   times = timing.side_by_side(recognizers, utterances, rounds)
   rows = {name: quality_of[name] | times[name] for name in points}
   outputs = {name: _outputs(points[name], split) for name in points}
@@ -224,7 +224,6 @@ def summarize(
     'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
     'command': ' '.join(['python', '-m', 'gatedfm.sweep', *sys.argv[1:]]),
     'split': split,
-    'ctc_weight': ctc_weight,
     'data': _data(cfg, folder),
     'points': rows,
     'headline': _headline(rows),

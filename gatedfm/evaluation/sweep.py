@@ -12,7 +12,6 @@ from typing import Any
 
 from gatedfm.data import sources
 from gatedfm.data.types import SPLITS
-from gatedfm.execution.recognizer import CTC_WEIGHT
 from gatedfm.trainers import log
 from gatedfm.trainers.config import ConfigError, TrainConfig, choice
 from gatedfm.trainers.log import say
@@ -27,7 +26,6 @@ class SweepConfig:
       an earlier point. Times refer to the first.
     other: source for language identification away from the training source; '' = none.
     split: what the summary reports; `validation` while anything is still being chosen.
-    ctc_weight: of CTC in joint decoding of transcripts; 0 is the attention decoder alone.
     timed: utterances per task for timing; rounds: passes over them; longest: in frames.
     data_dir: '' is `$GATEDFM_DATA` or the user's cache.
   """
@@ -35,7 +33,6 @@ class SweepConfig:
   points: dict[str, TrainConfig] = dataclasses.field(default_factory=dict)
   other: str = ''
   split: str = 'test'
-  ctc_weight: float = CTC_WEIGHT
   timed: int = 40
   rounds: int = 5
   longest: int = 256
@@ -46,8 +43,6 @@ class SweepConfig:
     choice('split', self.split, SPLITS)
     if not self.points:
       raise ConfigError('a sweep needs at least one point')
-    if not 0 <= self.ctc_weight <= 1:
-      raise ConfigError(f'ctc_weight is {self.ctc_weight}; it lies in [0, 1]')
     if self.timed < 1 or self.rounds < 1:
       raise ConfigError('timed and rounds must be at least 1')
     if self.other:
@@ -95,9 +90,8 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
 
   paths = {name: workdir / name for name in cfg.points}
   summary = points.summarize(
-    paths, workdir, other=cfg.other, split=cfg.split,
-    data_dir=cfg.data_dir, ctc_weight=cfg.ctc_weight, number=cfg.timed, rounds=cfg.rounds,
-    longest=cfg.longest,
+    paths, workdir, other=cfg.other, split=cfg.split, data_dir=cfg.data_dir,
+    number=cfg.timed, rounds=cfg.rounds, longest=cfg.longest,
   )  # fmt: skip
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))

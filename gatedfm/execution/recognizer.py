@@ -28,7 +28,6 @@ from gatedfm.nn import gating
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 
-CTC_WEIGHT = 0.3  # ESPnet's usual choice
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 
 
@@ -129,7 +128,8 @@ class Recognizer:
     execution: `skip` for single utterances (a closed module costs nothing), `mask` for
       batches whose examples differ in their gates.
     notimestamps: whether the model was trained with `<notimestamps>` in its primer.
-    ctc_weight: of CTC in joint decoding of transcripts; 0 is the attention decoder alone.
+    ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
+      attention decoder alone.
   """
 
   def __init__(
@@ -139,7 +139,7 @@ class Recognizer:
     assets: Assets,
     execution: str = 'mask',
     notimestamps: bool = False,
-    ctc_weight: float = CTC_WEIGHT,
+    ctc_weight: float = 0.3,
   ):
     self._ctc_weight = ctc_weight
     self._suffix = ['<notimestamps>'] if notimestamps else []
@@ -161,9 +161,14 @@ class Recognizer:
 
   @classmethod
   def load(
-    cls, workdir: Path | str, execution: str = 'mask', ctc_weight: float = CTC_WEIGHT
+    cls, workdir: Path | str, execution: str = 'mask', ctc_weight: float | None = None
   ) -> Recognizer:
     """From the workdir of a training run: its newest checkpoint, configuration, assets.
+
+    Args:
+      workdir: of the run.
+      execution: see the class.
+      ctc_weight: None decodes with the weight that the model was trained with.
 
     Raises:
       CheckpointError: the workdir holds no run, naming what is missing.
@@ -172,7 +177,8 @@ class Recognizer:
     cfg = config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
     assets = Assets.load(workdir / ASSETS)
-    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, ctc_weight)
+    weight = cfg.ctc_weight if ctc_weight is None else ctc_weight
+    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, weight)
 
   def _forward(
     self,

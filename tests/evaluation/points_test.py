@@ -95,8 +95,12 @@ def test_an_evaluation_is_reused_while_it_is_fresh(gated, runs, monkeypatch):
 
   monkeypatch.setattr(points.quality, 'decode_all', decode)
   assert points.evaluate(runs / 'gated', 'validation', other) == result
+  # No other source asked for: the evaluation that has one serves, and stays.
+  assert points.evaluate(runs / 'gated', 'validation', '') == result
   with pytest.raises(AssertionError, match='decodes again'):
-    points.evaluate(runs / 'gated', 'validation', '')
+    points.evaluate(runs / 'gated', 'validation', other, ctc_weight=0.9)
+  with pytest.raises(AssertionError, match='decodes again'):
+    points.evaluate(runs / 'gated', 'validation', other + '?')
   old = result | {'key': result['key'] | {'step': 1}}
   path.write_text(json.dumps(old))
   with pytest.raises(AssertionError, match='decodes again'):

@@ -251,6 +251,8 @@ def test_loading_a_run(gated_run, tmp_path):
   loaded = Recognizer.load(gated_run, 'skip')
   assert loaded.cfg.gates.enabled
   assert loaded.tokenizer.languages == ('eng', 'fra', 'rus')
+  assert loaded._ctc_weight == tiny_run.dense('').ctc_weight
+  assert Recognizer.load(gated_run, 'skip', 0.9)._ctc_weight == 0.9
   with pytest.raises(ValueError, match='has no config.json; give the workdir of a training run'):
     Recognizer.load(tmp_path)
 
