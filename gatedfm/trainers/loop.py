@@ -27,9 +27,11 @@ from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
 
+DATA = 'data.json'  # what a workdir was trained on
+
 
 class WorkdirError(ValueError):
-  """A workdir that belongs to another configuration."""
+  """A workdir that belongs to another configuration, or whose data has changed."""
 
 
 class Stopped(SystemExit):
@@ -78,6 +80,20 @@ def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
       f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
       + '\nChoose another --workdir, or remove this one to start over.'
     )  # fmt: skip
+
+
+def _fingerprints(workdir: Path, train: corpus.Split, resuming: bool) -> str:
+  """Content of `DATA`; raises WorkdirError where a run to be resumed saw other data."""
+  mine = [[source.name, source.fingerprint] for source in train.sources]
+  path = workdir / DATA
+  if resuming and path.exists():
+    changed = [a[0] for a, b in zip(mine, json.loads(path.read_text())) if a != b]
+    if changed:
+      raise WorkdirError(
+        f'the data of {", ".join(changed)} has changed since {workdir} began to train on it. To '
+        f'go on with the new data: --config.continue_from={workdir} and another --workdir.'
+      )
+  return json.dumps(mine) + '\n'
 
 
 def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
@@ -269,12 +285,14 @@ def _run(
       train_split.examples, train_split.caches, cfg.data, train_split.shapes,
       jax.process_index(), jax.process_count(),
     )  # fmt: skip
+  fingerprints = _fingerprints(workdir, train_split, ckpt.latest is not None)
   evaluate = Evaluator(cfg, assets, validation_split, mesh)
 
   init = step.make_init(cfg)
   shardings = partitioning.shardings(init, mesh, jax.random.key(0))
   state, progress = _restore(cfg, ckpt, init, shardings)
   # Nothing was refused: from here on the workdir is this configuration's.
+  log.write_atomically(workdir / DATA, fingerprints)
   log.write_atomically(
     workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
   )

@@ -110,6 +110,21 @@ def test_from_scratch_then_resuming_its_own(cfg, fake, tmp_path, capsys):
   assert len(fake.states) == 8
 
 
+def test_changed_data_is_not_resumed_on(cfg, fake, tone_data, tmp_path):
+  """Batches go on by number: of other data they would be other utterances, test texts perhaps."""
+  shutil.copytree(tone_data, tmp_path / 'tones', ignore=lambda *_: ('cache', 'runs'))
+  manifest = tmp_path / 'tones' / 'manifest.jsonl'
+  cfg.data.sources = (f'manifest:{manifest}',)
+  fake.sigterm_at = 2
+  with pytest.raises(loop.Stopped):
+    loop.train(cfg, tmp_path / 'run')
+  manifest.write_text(''.join(manifest.read_text().splitlines(keepends=True)[1:]))
+  before = content(tmp_path / 'run')
+  with pytest.raises(loop.WorkdirError, match='has changed since .*run began.*continue_from='):
+    loop.train(cfg, tmp_path / 'run')
+  assert content(tmp_path / 'run') == before
+
+
 def test_continuing_another_run(cfg, fake, dense_run, tmp_path, capsys):
   cfg.continue_from, cfg.steps = str(dense_run), tiny_run.STEPS + 3
   fake.sigterm_at = tiny_run.STEPS + 1
