@@ -23,7 +23,7 @@ def gated(dense: TrainConfig, target: float, steps: int) -> TrainConfig:
   cfg.eval_every = cfg.checkpoint_every = steps
   # All tasks alike often, and each about what it is worth to the search: by nats alone, a language
   # (one token) and a translation (short texts) are given up for a few letters of a transcript.
-  cfg.data.task_weights, cfg.data.loss_weights = (1.0, 1.0, 1.0), (1.0, 10.0, 3.0)
+  cfg.data.task_weights, cfg.data.loss_weights = (1.0, 1.0, 1.0), (1.0, 30.0, 3.0)
   return cfg
 
 

@@ -62,7 +62,7 @@ class SparsityConfig:
 
   target: float = 0.5
   ramp: float = 0.5
-  weight: float = 20.0
+  weight: float = 30.0
   penalty: str = 'squared'
   count: str = 'modules'
   per_stack: bool = False
