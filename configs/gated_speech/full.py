@@ -13,7 +13,7 @@ from configs.gated_speech import quickstart, tiny
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers.config import TrainConfig
 
-STEPS, GATED_STEPS = 12_000, 600
+STEPS, GATED_STEPS = 12_000, 500
 # Synthetic voices that read other words: more text than the recordings have, and speakers that
 # do not give their language away. Belarusian has no word list.
 EXTRA = ('espeak:phrases?number=300', 'espeak:stamps?languages=bel')
@@ -47,7 +47,8 @@ def get_config() -> SweepConfig:
   # The headline and its controls first. An empty context decides the same for every utterance,
   # a learned fixed mask; `dense_longer` is trained on like the others and closes nothing.
   add('both_0.5', 0.5)
-  add('both_0.5_static', 0.5).model.gates.context = ()
+  for target in (0.5, 0.7):
+    add(f'both_{target}_static', target).model.gates.context = ()
   add('dense_longer', 0.5).model.gates.enabled = False
   add('both_0.3', 0.3)
   add('both_0.7', 0.7)
