@@ -107,6 +107,7 @@ def gated(folder, parent='dense'):
   cfg.name, cfg.init_from, cfg.steps = 'gated', parent, GATED_STEPS
   cfg.checkpoint_every = cfg.eval_every = GATED_STEPS
   cfg.model.gates = GateConfig(enabled=True)
+  cfg.data.loss_weights = (1.0, 2.0, 1.0)
   cfg.sparsity = SparsityConfig(target=TARGET, weight=20.0, penalty='abs_squared', ramp=0.1)
   return cfg
 

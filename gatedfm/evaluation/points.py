@@ -55,7 +55,7 @@ def _splits(
   if other:
     if 'lid' not in cfg.data.tasks:
       raise ConfigError(f'{cfg.name or "the model"} does not identify languages: drop {other}')
-    data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',))
+    data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',), loss_weights=())
     out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
   # One set of shapes, and so of programs, for both.
   shapes = pipeline.batch_shapes([s.examples for s in out.values()], data)
