@@ -59,7 +59,6 @@ def get_config() -> SweepConfig:
     add(f'decoder_{target}', target).model.gates.stacks = ('decoder',)
   for seed in (1, 2):  # of the gates and of the order of the data, on the same dense model
     add(f'both_0.5_seed{seed}', 0.5, seed)
-    add(f'both_0.5_static_seed{seed}', 0.5, seed).model.gates.context = ()
   return SweepConfig(
     points=points,
     other='asterisk?languages=fra,rus,spa',
