@@ -291,6 +291,9 @@ def _run(
   init = step.make_init(cfg)
   shardings = partitioning.shardings(init, mesh, jax.random.key(0))
   state, progress = _restore(cfg, ckpt, init, shardings)
+  first = int(state.step)
+  if first >= cfg.steps:
+    raise ConfigError(f'steps is {cfg.steps}, but {cfg.continue_from} stands at {first}: raise it')
   # Nothing was refused: from here on the workdir is this configuration's.
   log.write_atomically(workdir / DATA, fingerprints)
   log.write_atomically(
@@ -299,9 +302,6 @@ def _run(
   batches.set_state({'next_batch': int(progress['next_batch'])})
   train_step = step.TrainStep(cfg, assets.stats, shardings)
 
-  first = int(state.step)
-  if first >= cfg.steps:
-    raise ConfigError(f'steps is {cfg.steps}, but {cfg.continue_from} stands at {first}: raise it')
   count = sum(a.size for a in jax.tree.leaves(state.params))
   say(
     f'train: {cfg.name or workdir.name}: {count / 1e6:.2f} M parameters, {cfg.model.dtype}, '

@@ -154,6 +154,9 @@ def test_continuing_needs_more_steps(cfg, fake, dense_run, tmp_path):
     ConfigError, match=f'steps is {tiny_run.STEPS}, but .*dense stands at {tiny_run.STEPS}'
   ):
     loop.train(cfg, tmp_path)
+  cfg.steps += 1  # as advised, in the same workdir
+  loop.train(cfg, tmp_path)
+  assert list(rows(tmp_path)) == [cfg.steps]
 
 
 def test_continuing_another_model_is_refused(cfg, fake, dense_run, tmp_path):
