@@ -4,9 +4,11 @@ Every stage leaves its result in the workdir and is not repeated: the same comma
 """
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   for i, name in enumerate(cfg.points):
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
     command = [sys.executable, '-m', 'gatedfm.sweep', *sys.argv[1:], f'--only={name}']
-    code = subprocess.run(command).returncode
-    if code:
+    if code := _process(command):
       raise SystemExit(code)
     say(f'sweep: {log.duration(time.perf_counter() - start)} so far')
   from gatedfm.analysis import report
@@ -96,6 +97,34 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))
   say(f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html')
+
+
+def _process(command: Sequence[str]) -> int:
+  """Runs a command, hands SIGTERM on to it, and returns its exit status (128 + N for signal N).
+
+  Left alone, a training would go on without the sweep that started it.
+  """
+  child, stopped = None, False
+
+  def stop(*_: Any) -> None:
+    nonlocal stopped
+    stopped = True
+    if child:
+      child.terminate()
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    child = subprocess.Popen(command)
+    if stopped:  # before there was a child
+      child.terminate()
+    code = child.wait()
+  finally:
+    if child and child.poll() is None:
+      child.terminate()
+    signal.signal(signal.SIGTERM, before)
+  if code < 0:
+    return 128 - code
+  return code or (128 + signal.SIGTERM if stopped else 0)
 
 
 def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import subprocess
@@ -28,10 +29,11 @@ from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
 
 DATA = 'data.json'  # what a workdir was trained on
+LOCK = '.lock'  # held by who trains in a workdir
 
 
 class WorkdirError(ValueError):
-  """A workdir that belongs to another configuration, or whose data has changed."""
+  """A workdir of another configuration or process, or whose data has changed."""
 
 
 class Stopped(SystemExit):
@@ -68,6 +70,28 @@ def resolve_dtype(name: str) -> str:
     return 'bfloat16'
   cpuinfo = Path('/proc/cpuinfo')
   return 'bfloat16' if cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text() else 'float32'
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+  """Holds the workdir's lock, which ends with the process however it ends.
+
+  Raises:
+    WorkdirError: another process holds it.
+  """
+  if jax.process_index() > 0:  # the processes of one training share the workdir
+    yield
+    return
+  with (workdir / LOCK).open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise WorkdirError(
+        f'{workdir}: another process trains here; wait for it or stop it'
+      ) from None
+    except OSError as e:  # some network file systems have no locks
+      say(f'{workdir} cannot be locked ({e}): start no second training there')
+    yield
 
 
 def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
@@ -246,7 +270,7 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
     workdir: gets `config.json`, `assets/`, `checkpoints/`, `metrics.jsonl`, `events/`.
 
   Raises:
-    ValueError: an impossible configuration (WorkdirError: a workdir of another one).
+    ValueError: an impossible configuration (WorkdirError: a workdir of another one, or in use).
     DataError: bad data, with a report.
     FloatingPointError: a loss that is not finite, naming step and utterances.
     Stopped: SIGTERM, after saving.
@@ -262,9 +286,12 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
   with _naming('mesh'):
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)
-  cfg = complete(cfg, _assets(cfg, workdir, data_dir))
-  _check_owner(cfg, workdir)
-  with partitioning.activate(mesh), checkpoints.Checkpoints(workdir, cfg.keep) as ckpt:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_alone(workdir))
+    cfg = complete(cfg, _assets(cfg, workdir, data_dir))
+    _check_owner(cfg, workdir)
+    stack.enter_context(partitioning.activate(mesh))
+    ckpt = stack.enter_context(checkpoints.Checkpoints(workdir, cfg.keep))
     if ckpt.latest is not None and ckpt.latest >= cfg.steps:
       say(f'{workdir}: already trained to step {ckpt.latest}')
       return

@@ -1,5 +1,6 @@
 """The loop around the step: where a run starts from, what it refuses, when it logs and saves."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -212,6 +213,25 @@ def test_the_workdir_of_another_configuration_is_refused(cfg, fake, dense_run, t
   assert 'Choose another --workdir' in message
   assert content(workdir) == before
   assert not fake.states
+
+
+def test_one_process_at_a_time_trains_in_a_workdir(cfg, fake, tmp_path, monkeypatch, capsys):
+  cfg.steps = 1
+  with (tmp_path / loop.LOCK).open('w') as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(loop.WorkdirError, match=f'{tmp_path}: another process trains here'):
+      loop.train(cfg, tmp_path)
+    assert list(content(tmp_path)) == [tmp_path / loop.LOCK]
+    # The other processes of a training that spans several share the first one's lock.
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, 'process_index', lambda: 1)
+      with loop._alone(tmp_path):
+        pass
+  loop.train(cfg, tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(fcntl, 'flock', lambda *_: os.stat('/nowhere'))
+    loop.train(cfg, tmp_path)
+  assert f'{tmp_path} cannot be locked' in capsys.readouterr().out
 
 
 def test_operation_may_change(tone_data, fake, dense_run, tmp_path, capsys):
