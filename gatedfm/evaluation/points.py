@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from gatedfm.data.types import SAMPLE_RATE
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
-from gatedfm.trainers import checkpoints, log, loop
+from gatedfm.trainers import checkpoints, log
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError
 from gatedfm.trainers.log import say
@@ -220,7 +221,7 @@ def summarize(
     'seeds': sorted({load_train_config(p).seed for p in points.values()}),
     'versions': {p: importlib.metadata.version(p) for p in PACKAGES}
     | {'python': platform.python_version()},
-    'git_revision': loop.git_revision(),
+    'git_revision': _git_revision(),
     'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
     'command': ' '.join(['python', '-m', 'gatedfm.sweep', *sys.argv[1:]]),
     'split': split,
@@ -232,6 +233,17 @@ def summarize(
     workdir / 'summary.json', json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
   )
   return summary
+
+
+def _git_revision() -> str:
+  """Commit of the source tree, with `+` if it has changes; `unknown` outside of git."""
+  git = lambda *args: subprocess.run(
+    ('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+  ).stdout.strip()
+  try:
+    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
 
 
 def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:

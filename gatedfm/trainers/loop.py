@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -38,17 +37,6 @@ class WorkdirError(ValueError):
 
 class Stopped(SystemExit):
   """SIGTERM came: everything is saved, the same command goes on."""
-
-
-def git_revision() -> str:
-  """Commit of the source tree, with `+` if it has changes; `unknown` outside of git."""
-  git = lambda *args: subprocess.run(
-    ('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-  ).stdout.strip()
-  try:
-    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain') else '')
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def swept(runs, tone_data, fast_compilation):
   patch = pytest.MonkeyPatch()
   patch.setattr(sweep, '_process', commands.append)
   patch.setattr(sweep.sys, 'argv', ['sweep', '--config=c.py'])
-  patch.setattr(points.loop, 'git_revision', lambda: 'abc')
+  patch.setattr(points, '_git_revision', lambda: 'abc')
   cfg = tiny_run.sweep(tone_data)
   # A second dense model, as another seed would be.
   shutil.copytree(runs / 'dense', runs / 'dense_seed1')
