@@ -7,7 +7,7 @@ tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -241,30 +241,43 @@ class Recognizer:
     Raises:
       ValueError: a language or task that the model does not know, with those it knows.
     """
+    key, args, length = self._arguments(
+      features_BxTxM, frames_B, task, languages, gates, max_tokens
+    )
+    return self._programs(key, *args, length=length)
+
+  def prepare(self, batch: int, frames: int) -> futures.Future:
+    """Starts compiling for `batch` utterances of `frames`, of any task: what to wait for."""
+    t, none = self.tokenizer, np.zeros(batch, np.int32)
+    features = np.zeros((batch, frames, self.cfg.mels), np.float32)
+    key, args, length = self._arguments(features, none, t.tasks[0], t.languages[:1] * batch)
+    return self._programs.prepare(key, *args, length=length)
+
+  def _arguments(
+    self,
+    features_BxTxM: np.ndarray,
+    frames_B: np.ndarray,
+    task: str,
+    languages: Sequence[str],
+    gates: Gates | None = None,
+    max_tokens: int = 0,
+  ) -> tuple[Hashable, tuple, int]:
+    """Key, arrays and length of `_forward`'s program; arguments as of `__call__`."""
     t = self.tokenizer
     known = task != 'lid'
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
-    length = self._length(features_BxTxM.shape[1], max_tokens)
+    frames = features_BxTxM.shape[1]
+    length = min(max_tokens or frames // 4, self.cfg.max_tokens - primer.shape[1])
     # A language is known from the primer; CTC knows nothing of other languages' texts.
     steps = np.int32(length if known else 0)
     weight = np.float32(self._ctc_weight if task == 'asr' else 0)
+    # Programs are compiled for shapes and types, whatever the caller's numbers are.
+    gates = jax.tree.map(lambda g: np.asarray(g, np.float32), gates)
+    shapes = tuple(g.shape for g in jax.tree.leaves(gates))
     args = (self.params, features_BxTxM, frames_B, language_B, task_B, primer, steps, weight, gates)
-    key = (features_BxTxM.shape[:2], length, gates is None)
-    return self._programs(key, *args, length=length)
-
-  def _length(self, frames: int, max_tokens: int) -> int:
-    primer = 3 + len(self._suffix)
-    return min(max_tokens or frames // 4, self.cfg.max_tokens - primer)
-
-  def prepare(self, batch: int, frames: int) -> futures.Future:
-    """Starts compiling for `batch` utterances of `frames`, of any task: what to wait for."""
-    ids, length = np.zeros(batch, np.int32), self._length(frames, 0)
-    features = np.zeros((batch, frames, self.cfg.mels), np.float32)
-    primer = self.primer('lid', [''] * batch)
-    args = (self.params, features, ids, ids, ids, primer, np.int32(0), np.float32(0), None)
-    return self._programs.prepare(((batch, frames), length, True), *args, length=length)
+    return (features_BxTxM.shape[:2], length, jax.tree.structure(gates), shapes), args, length
 
   def program_bytes(self) -> int:
     """Memory of the largest program so far: parameters, inputs, outputs and temporaries."""

@@ -198,6 +198,21 @@ def test_given_gates_override_the_predictor(mask, trained):
   assert (np.asarray(decoded.ctc) != np.asarray(predicted.ctc)).any()
 
 
+def test_gates_of_any_structure_one_after_the_other(mask, trained):
+  """All mean the same: one FFN closed, the rest open."""
+  mel, frames = features()
+  Gates, name = tiny_speech.gates_lib.Gates, 'encoder/ffn'
+  every = {s.name: np.ones(s.layers) for s in trained[0].sites()}
+  run = lambda values: mask(mel, frames, 'asr', LANGUAGES, Gates(values))
+  opened = run(every)
+  closed = run(every | {name: jnp.zeros(1)})
+  assert (np.asarray(opened.ctc) != np.asarray(closed.ctc)).any()
+  for values in ({name: np.zeros((1, 4), int)}, {name: 0.0}, every | {name: False}):
+    decoded = run(values)
+    np.testing.assert_array_equal(decoded.tokens, closed.tokens)
+    np.testing.assert_array_equal(decoded.ctc, closed.ctc)
+
+
 def test_ctc_paths_collapse(mask):
   t = mask.tokenizer
   a, b, c = [i for i, token in enumerate(t.tokens) if token.isalpha()][:3]
