@@ -127,7 +127,7 @@ class DecoderLayer(nn.Module):
       x,
       cache.own,
     )
-    x = x + gating.scale(mode, gates.get('self_attention'), y)
+    x = x + gating.scale(gates.get('self_attention'), y)
     y = gating.under_gate(
       mode,
       gates.get('cross_attention'),
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
       lambda m, x: jnp.zeros_like(x),
       x,
     )
-    x = x + gating.scale(mode, gates.get('cross_attention'), y)
+    x = x + gating.scale(gates.get('cross_attention'), y)
     x = x + gating.gated(mode, gates.get('ffn'), self.ffn, x, True)
     return x, LayerCache(own, cache.cross)
 

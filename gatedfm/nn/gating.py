@@ -71,9 +71,9 @@ def under_gate(
   return nn.cond(gate.reshape(()) > 0, run, skip, module, *operands)
 
 
-def scale(execution: str, gate: jax.Array | None, y: jax.Array) -> jax.Array:
-  """`gate * y` under `mask`, the gate over leading axes; `y` itself where `skip` has chosen."""
-  if gate is None or execution != 'mask':
+def scale(gate: jax.Array | None, y: jax.Array) -> jax.Array:
+  """`gate * y`, the gate over leading axes; under `skip` too, whose gates may be fractions."""
+  if gate is None:
     return y
   return gate.astype(y.dtype).reshape(gate.shape + (1,) * (y.ndim - gate.ndim)) * y
 
@@ -84,7 +84,7 @@ def gated(
   """What `module` contributes under its gate: `gate * module(x, *args)`, shaped like `x`."""
   run = lambda m, x: m(x, *args)
   skip = lambda m, x: jnp.zeros_like(x)
-  return scale(execution, gate, under_gate(execution, gate, module, run, skip, x))
+  return scale(gate, under_gate(execution, gate, module, run, skip, x))
 
 
 def straight_through_gumbel(

@@ -42,7 +42,14 @@ def test_gated(execution):
   assert hlo.count('stablehlo.case') == (execution == 'skip')
 
 
-def test_mask_gates_each_example_and_by_fractions():
+@pytest.mark.parametrize('execution', gating.EXECUTIONS)
+def test_fractions_scale(execution):
+  x = normal(2, 3, 5)
+  run, p = build(Gated(execution), x, None)
+  np.testing.assert_allclose(run(p, x, jnp.float32(0.25)), run(p, x, None) / 4, rtol=1e-6)
+
+
+def test_mask_gates_each_example():
   x = normal(2, 3, 5)
   run, p = build(Gated('mask'), x, None)
   want = run(p, x, None) * np.array([0, 0.25])[:, None, None]
