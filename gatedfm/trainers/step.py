@@ -128,7 +128,7 @@ class Objective:
       'token_accuracy': right / jnp.maximum(counted, 1),
     }
     if cfg.model.gates.enabled:
-      penalty, sparsity = self._penalty(out.encoded.gates, gating_now['target'])
+      penalty, sparsity = self._penalty(out.encoded.gates, valid_B, gating_now['target'])
       modules = sum(site.layers for site in cfg.model.sites())
       loss += gating_now['weight'] * modules * penalty
       metrics |= {
@@ -138,7 +138,13 @@ class Objective:
       }
     return loss, metrics | {'loss': loss}
 
-  def _penalty(self, gates: gates_lib.Gates, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _penalty(
+    self, gates: gates_lib.Gates, valid_B: jax.Array, target: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Penalty and sparsity of gates `[N]` or `[N, B]`, of which padding rows count nothing."""
+    count = jnp.maximum(jnp.sum(valid_B), 1.0)
+    mean = lambda g: jnp.sum(g * valid_B, 1) / count if g.ndim > 1 else g
+    gates = jax.tree.map(mean, gates)
     cfg, sites = self.cfg, self.cfg.model.sites()
     costs = self.costs if cfg.sparsity.count == 'macs' else None
     groups = [sites]

@@ -148,15 +148,16 @@ def test_penalty_pulls_the_sparsity_to_its_target(single):
 @pytest.mark.parametrize('count', ['modules', 'macs'])
 @pytest.mark.parametrize('per_stack', [False, True])
 def test_penalty_of_given_gates(count, per_stack):
-  """All of the encoder open, all of the decoder closed."""
+  """All of the encoder open, all of the decoder closed; in a padding row the reverse."""
   cfg = config()
   cfg.sparsity = dataclasses.replace(cfg.sparsity, count=count, per_stack=per_stack)
   objective = step.Objective(cfg, STATS)
   sites = cfg.model.sites()
-  gates = step.gates_lib.Gates(
-    {s.name: jnp.full((s.layers, 4), float(s.stack == 'encoder')) for s in sites}
-  )
-  penalty, sparsity = objective._penalty(gates, jnp.float32(0.25))
+  of_site = lambda s: jnp.where(jnp.arange(4) < 3, s.stack == 'encoder', s.stack == 'decoder')
+  gates = {s.name: jnp.tile(of_site(s).astype(jnp.float32), (s.layers, 1)) for s in sites}
+  gates[sites[0].name] = jnp.ones(sites[0].layers)  # the same for all examples
+  valid = jnp.array([1.0, 1, 1, 0])
+  penalty, sparsity = objective._penalty(step.gates_lib.Gates(gates), valid, jnp.float32(0.25))
   costs = {s.name: objective.costs[s.name].macs if count == 'macs' else 1 for s in sites}
   weight = lambda *stacks: sum(costs[s.name] * s.layers for s in sites if s.stack in stacks)
   closed = weight('decoder') / weight('encoder', 'decoder')
@@ -166,15 +167,24 @@ def test_penalty_of_given_gates(count, per_stack):
   np.testing.assert_allclose(penalty, expected, rtol=1e-5)
 
 
-@pytest.fixture(scope='module')
-def evaluated(fast_compilation):
-  """Metrics of some batches at random parameters."""
+def evaluating(gated):
+  """Configuration, and metrics of a batch at random parameters."""
   cfg = config()
-  cfg.model.gates.enabled = False
+  cfg.model.gates.enabled = gated
   params = tiny_speech.random_tree(tiny_speech.shapes(cfg.model), scale=0.1)
   evaluate = step.EvalStep(cfg, STATS)
   now = optimizer.sparsity_schedule(cfg.sparsity, 10, 5)
   return cfg, lambda rows: jax.device_get(evaluate(params, rows, now))
+
+
+@pytest.fixture(scope='module')
+def evaluated(fast_compilation):
+  return evaluating(gated=False)
+
+
+@pytest.fixture(scope='module')
+def evaluated_gated(fast_compilation):
+  return evaluating(gated=True)
 
 
 def test_loss_is_a_weighted_sum(evaluated):
@@ -202,8 +212,9 @@ def test_weights_scale_the_losses_of_their_examples_and_no_metric(evaluated):
   np.testing.assert_allclose(loss, 10 * halves[0] + halves[1], rtol=1e-5)
 
 
-def test_padding_rows_count_nothing(evaluated):
-  _, run = evaluated
+@pytest.mark.parametrize('name', ['evaluated', 'evaluated_gated'])
+def test_padding_rows_count_nothing(name, request):
+  _, run = request.getfixturevalue(name)
   rows, padded = batch(), batch()
   for key, value in padded.items():
     value[4:] = value[:1]
