@@ -6,6 +6,7 @@ A *point* is one trained workdir: the dense model, or a gated one. Its quality g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,7 +24,7 @@ import numpy as np
 from gatedfm import compiling, metrics
 from gatedfm import gates as gates_lib
 from gatedfm.data import corpus, features, pipeline, sources
-from gatedfm.data.types import SAMPLE_RATE
+from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
@@ -262,16 +263,19 @@ def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, di
 
 
 def _data(cfg: config_lib.TrainConfig, data_dir: Path) -> dict[str, dict]:
-  """Utterances and hours by split and language."""
+  """Utterances and hours by split and language, of the splits that there are."""
   out: dict[str, dict] = {}
-  for split in ('train', 'validation', 'test'):
+  for split in SPLITS:
     rows: dict[str, dict] = {}
-    for source in corpus.open_sources(cfg.data, split, data_dir, cfg.skip_bad):
-      for r in source.records:
-        row = rows.setdefault(r.language, {'utterances': 0, 'hours': 0.0})
-        row['utterances'] += 1
-        row['hours'] += r.num_samples / SAMPLE_RATE / 3600
-    out[split] = dict(sorted(rows.items()))
+    for spec in cfg.data.sources:
+      # What was scored is there; a source need not have every split.
+      with contextlib.suppress(DataError):
+        for r in sources.load(spec, split, data_dir, cfg.skip_bad).records:
+          row = rows.setdefault(r.language, {'utterances': 0, 'hours': 0.0})
+          row['utterances'] += 1
+          row['hours'] += r.num_samples / SAMPLE_RATE / 3600
+    if rows:
+      out[split] = dict(sorted(rows.items()))
   return out
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gatedfm.data import sources
+from gatedfm.data import corpus, sources
 from gatedfm.data.types import SPLITS
 from gatedfm.trainers import log
 from gatedfm.trainers.config import ConfigError, TrainConfig, choice
@@ -49,10 +49,30 @@ class SweepConfig:
       raise ConfigError('timed and rounds must be at least 1')
     if self.other:
       sources.parse(self.other)
-    for name, point in self.points.items():
+    names, compared = list(self.points), _compared(next(iter(self.points.values())))
+    for i, (name, point) in enumerate(self.points.items()):
       point.validate()
       if self.other and 'lid' not in point.data.tasks:
         raise ConfigError(f'other is {self.other}, but {name} has no task lid: drop one')
+      if point.init_from in names[i:]:
+        raise ConfigError(
+          f'{name}.init_from is {point.init_from}, which is not trained before {name}: put it first'
+        )
+      for field, value in _compared(point).items():
+        if value != compared[field]:
+          raise ConfigError(
+            f'{name}.{field} is {value!r}, but that of {names[0]} is {compared[field]!r}: points '
+            'are compared utterance by utterance; make two sweeps of them'
+          )
+
+
+def _compared(point: TrainConfig) -> dict[str, Any]:
+  """What decides which utterances a point is scored on."""
+  return {
+    'data.sources': tuple(point.data.sources),
+    'data.tasks': tuple(point.data.tasks),
+    'model.max_tokens': point.model.max_tokens,
+  }
 
 
 def check(cfg: Any) -> SweepConfig:
@@ -75,9 +95,10 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
 
   Raises:
     ConfigError: an impossible configuration.
+    DataError: data to evaluate on that cannot be had; nothing is trained then.
     SystemExit: a training failed or was stopped; its own message says why.
   """
-  check(cfg)
+  _open_data(check(cfg))
   start = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(cfg.points):
@@ -97,6 +118,15 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))
   say(f'sweep: done in {log.duration(time.perf_counter() - start)}; see {workdir}/report.html')
+
+
+def _open_data(cfg: SweepConfig) -> None:
+  """Prepares what is evaluated on: better refused now than after hours of training."""
+  first = next(iter(cfg.points.values()))
+  folder = Path(cfg.data_dir or first.data_dir or sources.default_data_dir())
+  corpus.open_sources(first.data, cfg.split, folder, first.skip_bad)
+  if cfg.other:
+    sources.load(cfg.other, 'test', folder)
 
 
 def _process(command: Sequence[str]) -> int:

@@ -121,6 +121,21 @@ def test_gates_can_be_given(runs, tone_data, fast_compilation):
   assert all(set(sum(c['open'].values(), [])) == {1.0} for c in gate_map.contexts())
 
 
+def test_splits_that_a_source_lacks_are_not_counted(tone_data, tmp_path):
+  lines = (tone_data / 'manifest.jsonl').read_text().splitlines()
+  rows = [r for r in map(json.loads, lines) if r['split'] != 'test']
+  for row in rows:
+    row['audio'] = str(tone_data / row['audio'])
+  (tmp_path / 'part.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  cfg = tiny_run.dense(tone_data)
+  cfg.data.sources = (f'manifest:{tmp_path}/part.jsonl',)
+  data = points._data(cfg, tmp_path)
+  assert {split: data[split]['fra']['utterances'] for split in data} == {
+    'train': 12,
+    'validation': 3,
+  }
+
+
 @pytest.fixture(scope='module')
 def swept(runs, tone_data, fast_compilation):
   """The sweep of the session's runs: their training is done, its processes only recorded."""

@@ -1,12 +1,15 @@
 """What a sweep refuses before it trains, and how it ends."""
 
+import json
 import signal
 import sys
 
 import pytest
 import tiny_run
 
+from gatedfm.data.types import DataError
 from gatedfm.evaluation import sweep
+from gatedfm.trainers.config import ConfigError
 
 
 @pytest.fixture
@@ -20,6 +23,46 @@ def training(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'executable', str(path))
 
   return make
+
+
+def test_a_parent_is_trained_before_its_children(tone_data):
+  cfg = tiny_run.sweep(tone_data)
+  cfg.validate()
+  cfg.points = dict(reversed(cfg.points.items()))
+  with pytest.raises(ConfigError, match=r'gated.init_from is dense, .* not trained before gated'):
+    cfg.validate()
+
+
+@pytest.mark.parametrize(
+  ('section', 'field', 'value'),
+  [
+    ('data', 'sources', ('espeak',)),
+    ('data', 'tasks', ('asr', 'lid')),
+    ('model', 'max_tokens', 33),
+  ],
+)
+def test_points_that_cannot_be_compared_are_refused(tone_data, section, field, value):
+  cfg = tiny_run.sweep(tone_data)
+  setattr(getattr(cfg.points['gated'], section), field, value)
+  with pytest.raises(ConfigError, match=rf'gated.{section}.{field} is .*, but that of dense is'):
+    cfg.validate()
+
+
+@pytest.mark.parametrize('missing', ['split', 'other'])
+def test_data_to_evaluate_on_is_opened_before_training(tone_data, tmp_path, training, missing):
+  training('raise SystemExit("trains")')
+  manifest, lines = tmp_path / 'part.jsonl', (tone_data / 'manifest.jsonl').open()
+  rows = [json.loads(line) for line in lines]
+  kept = [r | {'audio': str(tone_data / r['audio'])} for r in rows if r['split'] != 'test']
+  manifest.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+  cfg = tiny_run.sweep(tone_data)
+  if missing == 'other':
+    cfg.other = f'manifest:{manifest}'
+  else:
+    for point in cfg.points.values():
+      point.data.sources = (f'manifest:{manifest}',)
+  with pytest.raises(DataError, match="part.jsonl has no good line in the split 'test'"):
+    sweep.run(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(
