@@ -92,10 +92,11 @@ def evaluate(
     'step': checkpoints.latest_step(workdir),
     'split': split,
     'data': [s.fingerprint for s in corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)],
-    'other': other,
+    'other': [other, sources.load(other, 'test', folder).fingerprint] if other else [],
     'ctc_weight': cfg.ctc_weight if ctc_weight is None else ctc_weight,
   }
-  if path.exists():
+  outputs_path = workdir / f'outputs_{split}.jsonl'
+  if path.exists() and outputs_path.exists():
     saved = json.loads(path.read_text())
     # Who asks for no other source is served by an evaluation that had one, and does not lose it.
     if saved['key'] == key | ({} if other else {'other': saved['key']['other']}):
@@ -130,7 +131,8 @@ def evaluate(
     'workdir': str(workdir),
   }
   lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in outputs)
-  log.write_atomically(workdir / f'outputs_{split}.jsonl', lines)
+  path.unlink(missing_ok=True)  # of other outputs; a kill leaves none rather than that
+  log.write_atomically(outputs_path, lines)
   log.write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + '\n')
   return result
 

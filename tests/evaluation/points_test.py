@@ -4,6 +4,7 @@ import collections
 import copy
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -104,6 +105,52 @@ def test_an_evaluation_is_reused_while_it_is_fresh(gated, runs, monkeypatch):
   with pytest.raises(AssertionError, match='decodes again'):
     points.evaluate(runs / 'gated', 'validation', other)
   path.write_text(json.dumps(result))
+
+
+def test_other_data_of_the_same_name_is_evaluated_anew(gated, runs, monkeypatch):
+  result, other = gated
+  load, changed = points.sources.load, types.SimpleNamespace(fingerprint='changed')
+  of_test = lambda spec, split, *a: changed if split == 'test' else load(spec, split, *a)
+  monkeypatch.setattr(points.sources, 'load', of_test)
+  assert points.evaluate(runs / 'gated', 'validation') == result
+  monkeypatch.setattr(points.Recognizer, 'load', lambda *_: pytest.fail('evaluates'))
+  with pytest.raises(pytest.fail.Exception, match='evaluates'):
+    points.evaluate(runs / 'gated', 'validation', other)
+
+
+def test_outputs_never_stand_beside_an_evaluation_of_others(
+  gated, runs, tone_data, tmp_path, monkeypatch
+):
+  result, _ = gated
+  shutil.copytree(runs / 'gated', tmp_path / 'gated')
+  path = tmp_path / 'gated' / 'evaluation_validation.json'
+  evaluate = lambda: points.evaluate(tmp_path / 'gated', 'validation')
+  path.with_name('outputs_validation.jsonl').unlink()
+
+  # Decoding is stood in for: its results are known.
+  sites = points.load_train_config(runs / 'gated').model.sites()
+  gate_map = types.SimpleNamespace(
+    mean=lambda: {s.name: np.ones(s.layers) for s in sites}, contexts=list
+  )
+  recognizer = types.SimpleNamespace(prepare=lambda *_: None)
+  monkeypatch.setattr(points.Recognizer, 'load', lambda *_: recognizer)
+  monkeypatch.setattr(points.compiling, 'wait', lambda *_: None)
+  monkeypatch.setattr(points.quality, 'decode_all', lambda *_: (gate_map, outputs(runs)))
+  write = points.log.write_atomically
+
+  def killed(file, text):
+    if file == path:
+      raise KeyboardInterrupt
+    write(file, text)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(points.log, 'write_atomically', killed)
+    with pytest.raises(KeyboardInterrupt):
+      evaluate()
+  assert outputs(tmp_path) == outputs(runs)
+  assert not path.exists()
+  assert evaluate()['cer'] == result['cer']
+  assert path.exists()
 
 
 def test_gates_can_be_given(runs, tone_data, fast_compilation):
