@@ -54,6 +54,12 @@ def no_arguments(argv: list[str]) -> None:
     raise SystemExit(f'unknown arguments {argv[1:]}; flags start with --, see --help')
 
 
+def several_hosts() -> bool:
+  """Whether the environment says that this process is one of several hosts'."""
+  several_tpu_hosts = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  return several_tpu_hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ
+
+
 def set_up() -> None:
   """Joins several hosts where there are any, and keeps compiled programs between calls.
 
@@ -63,8 +69,7 @@ def set_up() -> None:
   import jax
 
   logging.set_verbosity(logging.WARNING)  # orbax and jax tell much that is not for users
-  several_tpu_hosts = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
-  if several_tpu_hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ:
+  if several_hosts():
     # Where no cluster manager tells, the environment does.
     given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
     jax.distributed.initialize(

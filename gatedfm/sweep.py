@@ -19,8 +19,21 @@ _ONLY = flags.DEFINE_string('only', None, 'Train this point alone, and stop.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
+def _refuse_hosts() -> None:
+  """Raises ConfigError: the trainings would join the cluster as what the sweep already is there."""
+  from gatedfm.models.speech_config import ConfigError
+
+  raise ConfigError(
+    'a sweep runs on one host. Train each point on all of them with --only=POINT, then sweep on '
+    'one, without JAX_COORDINATOR_ADDRESS and TPU_WORKER_HOSTNAMES in its environment'
+  )
+
+
 def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
+  if mains.several_hosts() and not _ONLY.value:
+    with mains.clear_errors():
+      _refuse_hosts()
   mains.set_up()
   from gatedfm.evaluation import sweep
 

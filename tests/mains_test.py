@@ -74,6 +74,19 @@ def test_wrong_arguments(name, arguments, message):
   assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('JAX_COORDINATOR_ADDRESS', 'localhost:1'), ('TPU_WORKER_HOSTNAMES', 'a,b')],
+)
+def test_a_sweep_on_several_hosts_is_refused(name, value, monkeypatch):
+  """Before it joins them, which would wait for the others."""
+  monkeypatch.setenv(name, value)
+  result = run('gatedfm.sweep', f'--config={CONFIGS}/quickstart.py', '--workdir=a')
+  assert result.returncode == 1
+  assert result.stderr.startswith('error: a sweep runs on one host. Train each point on all')
+  assert len(result.stderr.splitlines()) == 1
+
+
 TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')
 
 
