@@ -10,7 +10,7 @@ run from 0 to 100 as they stand. What the summary lacks, or holds as null, shows
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jinja2
 from absl import app, flags
 from matplotlib import figure as figures
 
+from gatedfm import mains
 from gatedfm.analysis import gate_maps, plots, report_page
 
 SCHEMA = 1
@@ -64,12 +65,18 @@ def load(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
   """Reads a summary from a path, or takes one that is read already.
 
   Raises:
-    ValueError: it is of another schema or has no points.
+    ValueError: it is no JSON, of another schema or has no points.
     FileNotFoundError: the path does not exist.
   """
   name, summary = 'this summary', source
   if not isinstance(source, Mapping):
-    name, summary = source, json.loads(Path(source).read_text())
+    name = source
+    try:
+      summary = json.loads(Path(source).read_text())
+    except ValueError as e:
+      raise ValueError(f'{source} is no summary: {e}') from e
+  if not isinstance(summary, Mapping):
+    raise ValueError(f'{name} is no summary, which is a JSON object')
   if summary.get('schema') != SCHEMA or not summary.get('points'):
     raise ValueError(
       f'a summary of schema {SCHEMA} with at least one point is needed; {name} has schema '
@@ -303,22 +310,25 @@ def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
   return curves
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: list[str]) -> None:
   """Writes the report, and the figures where a folder for them is named."""
-  del argv
+  mains.no_arguments(argv)
   path = Path(flags.FLAGS.summary)
-  if flags.FLAGS.markdown:
+  try:
     summary = load(path)
+  except (OSError, ValueError) as e:
+    raise SystemExit(f'error: {e}') from None
+  if flags.FLAGS.markdown:
     for title, rows in [('Results', results(summary)), *_details(summary)]:
       print(f'### {title}\n\n{markdown(rows)}\n')
     return
   out = Path(flags.FLAGS.out or path.with_name('report.html'))
   write_report(path, out)
   if flags.FLAGS.figures:
-    for name, figure in make_figures(load(path), path.parent).items():
+    for name, figure in make_figures(summary, path.parent).items():
       for suffix in ('svg', 'png'):
         plots.save(figure, Path(flags.FLAGS.figures) / f'{name}.{suffix}')
-  print(table(load(path)))
+  print(table(summary))
   print(f'\n{out}')
 
 

@@ -53,11 +53,11 @@ small, .note { opacity: 0.75; }
 <h2>Results</h2>
 {{ grid(results, best) }}
 <p class="note">Error rates, BLEU and chrF are unweighted means over languages or directions
-of the test split. LID*: language identification on another source. Sparsity: the share of
-the gated modules that stay closed, and of their multiply-accumulates. MMAC/s: million
-multiply-accumulates for a second of audio, all modules. Times are measured with closed
-modules really skipped, after compilation; time % is relative to the first point in the same
-run. MiB: peak memory.</p>
+of the {{ summary.split or 'test' }} split. LID*: language identification on another source.
+Sparsity: the share of the gated modules that stay closed, and of their multiply-accumulates.
+MMAC/s: million multiply-accumulates for a second of audio, all modules. Times are measured
+with closed modules really skipped, after compilation; time % is relative to the first point in
+the same run. MiB: peak memory.</p>
 {% for title, rows in details %}
 <details><summary>{{ title }}</summary>{{ grid(rows, best) }}</details>
 {% endfor %}

@@ -34,6 +34,7 @@ def summary(tmp_path):
     'git_revision': '0123456789abcdef',
     'device': 'cpu: 2 cores',
     'command': 'bash launch/local.sh --note="a < b & c"',
+    'split': 'test',
     'data': {
       'train': {lang: {'utterances': 640 + i, 'hours': 0.26} for i, lang in enumerate(LANGUAGES)},
       'test': {lang: {'utterances': 80, 'hours': 0.033} for lang in LANGUAGES},

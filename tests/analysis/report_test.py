@@ -1,9 +1,12 @@
 import collections
+import contextlib
 import copy
 import html.parser
 import json
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -32,6 +35,15 @@ class _Page(html.parser.HTMLParser):
 
   def handle_data(self, data):
     self.text.append(data)
+
+
+@contextlib.contextmanager
+def flags(summary):
+  """The command's flags, with this path."""
+  values = types.SimpleNamespace(summary=str(summary), out=None, markdown=False, figures=None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report.flags, 'FLAGS', values)
+    yield
 
 
 def _write(summary, tmp_path):
@@ -196,6 +208,37 @@ def test_command_line(summary, tmp_path):
     'quality_against_time.svg',
     'learning_curves.png',
   } <= names
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (None, 'No such file or directory'),
+    ('{"schema": 1', 'summary.json is no summary: Expecting'),
+    ('[]', 'summary.json is no summary, which is a JSON object'),
+    ('{"schema": 0}', 'summary.json has schema 0 and points []: evaluate again'),
+  ],
+)
+def test_what_is_no_summary_is_one_line(tmp_path, content, message):
+  path = tmp_path / 'summary.json'
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(SystemExit, match=f'^error: .*{re.escape(message)}') as stopped, flags(path):
+    report.main(['report'])
+  assert '\n' not in str(stopped.value)
+
+
+def test_stray_arguments_are_refused(tmp_path):
+  with pytest.raises(SystemExit, match='unknown arguments'), flags(tmp_path / 'summary.json'):
+    report.main(['report', 'out.html'])
+
+
+def test_the_page_names_the_split(summary, tmp_path):
+  text = lambda: ' '.join(' '.join(_Page(_write(summary, tmp_path)).text).split())
+  assert 'of the test split' in text()
+  summary['split'] = 'validation'
+  assert 'of the validation split' in text()
+  assert 'test split' not in text()
 
 
 def test_differences_to_the_parent(summary, tmp_path):
