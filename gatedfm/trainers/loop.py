@@ -341,6 +341,10 @@ def _run(
       window.add(values)
       pending = None
 
+  def pause(seconds: float) -> None:
+    clock.pause(seconds)
+    window.pause(seconds)
+
   def save(at: int) -> None:
     settle()
     ckpt.save(at, state, batches.get_state() | {'seconds': clock.seconds})
@@ -361,7 +365,7 @@ def _run(
       if programs[shape]:
         compiling.wait(programs[shape], say)
         programs[shape] = []
-        clock.pause(time.perf_counter() - began)
+        pause(time.perf_counter() - began)
       state, metrics = train_step(state, _on_device(batch, mesh), gating_now)
       settle()
       pending = (at, metrics, batch['index'])
@@ -375,7 +379,7 @@ def _run(
       if at % cfg.eval_every == 0 or at == cfg.steps:
         began = time.perf_counter()
         values = evaluate(state.params, gating_now)
-        clock.pause(time.perf_counter() - began)
+        pause(time.perf_counter() - began)
         if logger:
           logger.write(at, values)
           say('  ' + throughput.brief('validation', values))

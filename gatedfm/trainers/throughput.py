@@ -34,6 +34,10 @@ class Window:
     self._utterances += size * jax.process_count()
     self._macs += size * jax.process_count() * self._cost[frames, tokens]
 
+  def pause(self, seconds: float) -> None:
+    """Takes `seconds` (of compiling or evaluating) out of the interval's speed."""
+    self._start += seconds
+
   def add(self, values: dict[str, float]) -> None:
     """Adds a step's metrics."""
     self._rows.append(values)

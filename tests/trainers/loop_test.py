@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 from gatedfm.data import corpus, pipeline
-from gatedfm.trainers import checkpoints, loop
+from gatedfm.trainers import checkpoints, log, loop
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.config import ConfigError
 
@@ -259,6 +259,30 @@ def test_logged_values_are_means_and_do_not_depend_on_resumption(cfg, fake, tmp_
   loop.train(cfg, tmp_path)
   assert rows(tmp_path) == {1: 1.0, 3: 2.5, 6: 5.0, 8: 7.5}
   assert list(rows(tmp_path, 'validation/loss')) == [4, 8]
+
+
+def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkeypatch):
+  """By a clock that stands still but for a second a step and what is slow."""
+  now = [0.0]
+  monkeypatch.setattr(loop.time, 'perf_counter', lambda: now[0])
+  monkeypatch.setattr(log, 'peak_flops', lambda _: 1.0)  # it measures by the same clock
+  passes = lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+  class Slow(FakeStep):
+    def __call__(self, *args):
+      passes(1)
+      return super().__call__(*args)
+
+  evaluate = lambda *_: passes(1000) or {'validation/loss': 1.0}
+  monkeypatch.setattr(loop.step, 'TrainStep', Slow().make)
+  monkeypatch.setattr(loop, '_prepare', lambda *args: {(s.batch, s.frames): [s] for s in args[3]})
+  monkeypatch.setattr(loop.compiling, 'wait', lambda *_: passes(100))
+  monkeypatch.setattr(FakeEvaluator, '__call__', evaluate)
+  cfg.steps, cfg.log_every, cfg.eval_every = 6, 3, 2
+  loop.train(cfg, tmp_path)
+  assert now[0] == 6 + 3 * 1000 + 2 * 100
+  speed = rows(tmp_path, 'speed/utterances_per_second')
+  assert speed == {1: 8.0, 3: 8.0, 6: 8.0}
 
 
 @pytest.mark.parametrize(
