@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from gatedfm import compiling
 from gatedfm import gates as gates_lib
 from gatedfm.data import audio_io, features, languages
 from gatedfm.data.types import MIN_SECONDS, DataError
@@ -21,12 +24,16 @@ class FileError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Text (or language), language, gate pattern and the share of gates that were open."""
+  """Text (or language), language, gate pattern, the share of gates that were open, and seconds.
+
+  The seconds are those of reading and decoding; compiling is not among them.
+  """
 
   text: str
   language: str
   pattern: str
   open: float
+  seconds: float
 
 
 def parse_task(task: str) -> str:
@@ -65,7 +72,12 @@ def check(recognizer: Recognizer, task: str, language: str, ctc: bool = False) -
 
 
 def transcribe(
-  recognizer: Recognizer, path: Path, task: str, language: str = '', ctc: bool = False
+  recognizer: Recognizer,
+  path: Path,
+  task: str,
+  language: str = '',
+  ctc: bool = False,
+  say: Callable[[str], None] = print,
 ) -> Result:
   """Decodes one file of any rate and container.
 
@@ -74,16 +86,21 @@ def transcribe(
     path: the audio file.
     task, language: as the tokenizer names them; '' identifies the language first.
     ctc: write the best CTC path.
+    say: is told how the compilation goes that a new length needs.
 
   Raises:
     FileError: missing, unreadable, empty, truncated, too short or too long; the message does
       not repeat the path.
   """
+  start = time.perf_counter()
   try:
     padded, frames = _read(path)
   except (DataError, ValueError) as e:
     message = str(e).replace(f' {path}', '').removeprefix(f'{path} ')
     raise FileError(message) from None
+  read = time.perf_counter() - start
+  compiling.wait([recognizer.prepare(1, padded.shape[1])], say)
+  start = time.perf_counter()
   if not language and task != 'lid':
     language = recognizer.languages(recognizer(padded, frames, 'lid', ['']))[0]
   decoded = recognizer(padded, frames, task, [language])
@@ -91,12 +108,13 @@ def transcribe(
     language = text = recognizer.languages(decoded)[0]
   else:
     text = (recognizer.ctc_texts if ctc else recognizer.texts)(decoded)[0]
+  seconds = read + time.perf_counter() - start
   sites = [s for s in recognizer.cfg.sites() if s.name in decoded.gates.values]
   if not sites:
-    return Result(text, language, 'dense', 1.0)
+    return Result(text, language, 'dense', 1.0, seconds)
   one = gates_lib.Gates({k: np.asarray(v) for k, v in decoded.gates.values.items()})
   pattern = gates_lib.pattern(one, sites, example=0)
-  return Result(text, language, str(pattern), pattern.open_fraction)
+  return Result(text, language, str(pattern), pattern.open_fraction, seconds)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Audio files through a recognizer: rates and channels, what cannot be read, task names."""
 
 import types
+from concurrent import futures
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,12 @@ class FakeRecognizer:
   def __call__(self, mel, frames, task, languages):
     self.calls.append((mel, frames, task, languages))
     return Decoded(tokens=None, ctc=None, language=None, gates=self._gates)
+
+  def prepare(self, batch, frames):
+    self.prepared = batch, frames
+    done = futures.Future()
+    done.set_result(None)
+    return done
 
   texts = lambda self, _: ['a text']
   ctc_texts = lambda self, _: ['a path']
@@ -72,6 +79,25 @@ def test_what_a_result_says(stereo):
   assert files.transcribe(fake, stereo, 'asr', 'fra', ctc=True).text == 'a path'
   dense = files.transcribe(FakeRecognizer(gated=False), stereo, 'asr', 'fra')
   assert (dense.pattern, dense.open) == ('dense', 1.0)
+
+
+def test_compiling_is_told_of_and_not_timed(stereo, monkeypatch):
+  now, told, fake = [0.0], [], FakeRecognizer()
+  passes = lambda seconds: now.__setitem__(0, now[0] + seconds)
+  read, run = files._read, FakeRecognizer.__call__
+
+  def wait(programs, say):
+    assert [p.result() for p in programs] == [None]
+    passes(1000)
+    say('compiling')
+
+  monkeypatch.setattr(files.time, 'perf_counter', lambda: now[0])
+  monkeypatch.setattr(files.compiling, 'wait', wait)
+  monkeypatch.setattr(files, '_read', lambda path: passes(10) or read(path))
+  monkeypatch.setattr(FakeRecognizer, '__call__', lambda *args: passes(1) or run(*args))
+  assert files.transcribe(fake, stereo, 'asr', say=told.append).seconds == 12  # lid and asr
+  assert fake.prepared == (1, 128)
+  assert told == ['compiling']
 
 
 def test_without_a_language_it_is_found_out_first(stereo):
