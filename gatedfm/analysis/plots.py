@@ -77,18 +77,17 @@ def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarr
 
 @_styled
 def learning_curves(runs: Mapping[str, Curves]) -> figures.Figure | None:
-  """Loss, character error rate and sparsity by step, one colour for each run.
+  """Loss and sparsity by step, one colour for each run.
 
   Args:
-    runs: {point: {'train/loss', 'validation/loss', 'validation/cer', 'train/sparsity':
-      (steps, values)}}; a panel that no run has data for is left out.
+    runs: {point: {'train/loss', 'validation/loss', 'train/sparsity': (steps, values)}}; a panel
+      that no run has data for is left out.
 
   Returns:
     None where no run has any of these curves.
   """
   panels = [
     ('loss (training pale)', ('train/loss', 'validation/loss'), 1),
-    ('validation CER (%)', ('validation/cer',), 100),
     ('sparsity (%)', ('train/sparsity',), 100),
   ]
   panels = [panel for panel in panels if any(n in run for run in runs.values() for n in panel[1])]

@@ -147,7 +147,6 @@ def _costs(cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus
   tokens = int(np.mean(examples.target_lengths))
   costs = speech_costs.site_costs(model, frames, tokens)
   closed = lambda by: float(gates_lib.sparsity(gates, sites, by)) if sites else 0.0
-  macs = speech_costs.total_macs(model, frames, tokens, gates if sites else None)
   return {
     'sparsity': {
       'target': cfg.sparsity.target if sites else None,
@@ -155,7 +154,7 @@ def _costs(cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus
       'macs': closed(costs),
       'sites': {k: float(v) for k, v in gates_lib.sparsity_by_site(gates, sites).items()},
     },
-    'macs_per_audio_second': float(macs) / (frames / 100),
+    'macs_per_audio_second': speech_costs.macs_per_audio_second(model, frames, tokens, gates),
   }
 
 

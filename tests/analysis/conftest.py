@@ -113,6 +113,5 @@ def _write_curves(path, sparsity, rng):
     row['train/sparsity'] = sparsity * min(1, step / 800)
     if step % 200 == 0:
       row['validation/loss'] = loss + 0.15
-      row['validation/cer'] = 0.12 + 0.85 * math.exp(-step / 400)
     rows.append(json.dumps(row))
   path.write_text('\n'.join(rows) + '\n{"step": 2010, "train/lo')

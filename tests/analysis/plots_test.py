@@ -14,11 +14,11 @@ def test_read_curves_skips_torn_lines_and_keeps_the_last_of_a_step(tmp_path):
     '{"step": 2, "train/loss": 2.5}\n'
     '{"step": 3, "train/l{"step": 2, "train/loss": 2.0}\n'
     '7\n'
-    '{"step": 2, "train/loss": 2.25, "validation/cer": 1}\n'
+    '{"step": 2, "train/loss": 2.25, "validation/loss": 1}\n'
     '{"step": 3, "tra'
   )
   curves = plots.read_curves(path)
-  assert set(curves) == {'time', 'train/loss', 'validation/cer'}
+  assert set(curves) == {'time', 'train/loss', 'validation/loss'}
   np.testing.assert_array_equal(curves['train/loss'], [[1, 2], [3.0, 2.25]])
 
 
@@ -29,8 +29,8 @@ def test_learning_curves_draw_the_panels_that_have_data(summary):
   }
   figure = plots.learning_curves(runs)
   titles = [axes.get_title() for axes in figure.axes]
-  assert titles == ['loss (training pale)', 'validation CER (%)', 'sparsity (%)']
-  steps, values = figure.axes[2].lines[2].get_data()
+  assert titles == ['loss (training pale)', 'sparsity (%)']
+  steps, values = figure.axes[1].lines[2].get_data()
   assert steps[-1] == 2000
   assert values[-1] == pytest.approx(50)
   assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
