@@ -47,8 +47,7 @@ def get_config() -> SweepConfig:
   # The headline and its controls first. An empty context decides the same for every utterance,
   # a learned fixed mask; `dense_longer` is trained on like the others and closes nothing.
   add('both_0.5', 0.5)
-  for target in (0.5, 0.7):
-    add(f'both_{target}_static', target).model.gates.context = ()
+  add('both_0.5_static', 0.5).model.gates.context = ()
   add('dense_longer', 0.5).model.gates.enabled = False
   add('both_0.3', 0.3)
   add('both_0.7', 0.7)
