@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from matplotlib import figure as figures
 
+from gatedfm import atomic
 from gatedfm.analysis import gate_maps
 
 # Text and axes. An odd black, so that `to_svg` can tell it from others and let a dark
@@ -253,12 +254,10 @@ def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure
 
 def save(figure: figures.Figure, path: str | os.PathLike) -> None:
   """Writes a figure as its suffix says (.svg, .png, .pdf), atomically."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
+  path, buffer = Path(path), io.BytesIO()
   with matplotlib.rc_context({'svg.hashsalt': path.stem}):
-    figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=_metadata(path.suffix[1:]))
-  os.replace(temporary, path)
+    figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=_metadata(path.suffix[1:]))
+  atomic.write_bytes(path, buffer.getvalue())
 
 
 def to_svg(figure: figures.Figure, name: str) -> str:

@@ -18,7 +18,7 @@ import jinja2
 from absl import app, flags
 from matplotlib import figure as figures
 
-from gatedfm import mains
+from gatedfm import atomic, mains
 from gatedfm.analysis import gate_maps, plots, report_page
 
 SCHEMA = 1
@@ -72,7 +72,7 @@ def load(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
   if not isinstance(source, Mapping):
     name = source
     try:
-      summary = json.loads(Path(source).read_text())
+      summary = json.loads(Path(source).read_text(encoding='utf-8'))
     except ValueError as e:
       raise ValueError(f'{source} is no summary: {e}') from e
   if not isinstance(summary, Mapping):
@@ -226,10 +226,7 @@ def write_report(
     maps=maps,
     drawn=drawn,
   )
-  out_path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out_path.with_name(f'.{out_path.name}.tmp')
-  temporary.write_text(html, encoding='utf-8')
-  os.replace(temporary, out_path)
+  atomic.write_text(out_path, html)
 
 
 def _details(summary) -> list[tuple[str, Rows]]:

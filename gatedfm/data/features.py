@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
+from gatedfm import atomic
 from gatedfm.data import progress, types
 from gatedfm.data.types import SAMPLE_RATE
 
@@ -153,12 +155,9 @@ class FeatureStats:
 
   def save(self, path: Path | str) -> None:
     """Writes an .npz with `mean` and `std`, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(temporary, 'wb') as file:
-      np.savez(file, mean=self.mean, std=self.std)
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    np.savez(file, mean=self.mean, std=self.std)
+    atomic.write_bytes(Path(path), file.getvalue())
 
   @classmethod
   def load(cls, path: Path | str) -> 'FeatureStats':

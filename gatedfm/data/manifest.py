@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from gatedfm import atomic
 from gatedfm.data import audio_io, languages, splits, store
 from gatedfm.data.progress import track
 from gatedfm.data.types import MIN_SECONDS, SAMPLE_RATE, SPLITS, DataError, Record
@@ -85,7 +86,7 @@ class Report:
 def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
   """Writes a manifest, atomically; returns the number of lines."""
   rows = [json.dumps(line, ensure_ascii=False) + '\n' for line in lines]
-  store.write_text(path, ''.join(rows))
+  atomic.write_text(path, ''.join(rows))
   return len(rows)
 
 
@@ -255,7 +256,7 @@ def _probe_all(paths: Iterable[str], data_dir: Path) -> dict[str, audio_io.Probe
       found = pool.map(lambda path: audio_io.probe(Path(path)), new)
       for path, probe in zip(new, track(found, len(new), 'checking audio', 'files')):
         known[path] = [stamps[path], *probe]
-    store.write_text(cache, json.dumps(known, ensure_ascii=False))
+    atomic.write_text(cache, json.dumps(known, ensure_ascii=False))
   return {path: audio_io.Probe(*known[path][1:]) for path in stamps}
 
 
@@ -306,7 +307,7 @@ def load(
   )
   digest = hashlib.sha256(content.encode()).hexdigest()[:16]
   index = data_dir / 'manifests' / f'{digest}.jsonl'
-  store.write_text(index, content)
+  atomic.write_text(index, content)
   return Manifest(index)
 
 

@@ -13,25 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from gatedfm import atomic
 from gatedfm.data.types import Record
 
 _RECORDS, _AUDIO = 'records.jsonl', 'audio.int16'
-
-
-def write_text(path: Path, content: str) -> None:
-  """Writes a text file, atomically; folders are made where missing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile('w', encoding='utf-8', dir=path.parent, delete=False) as file:
-    file.write(content)
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
   """Writes records as JSON lines, atomically."""
   rows = [dataclasses.asdict(record) for record in records]
   lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) + '\n' for row in rows]
-  write_text(path, ''.join(lines))
+  atomic.write_text(path, ''.join(lines))
 
 
 def to_record(fields: Mapping[str, Any]) -> Record:

@@ -4,12 +4,13 @@ import base64
 import functools
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
+
+from gatedfm import atomic
 
 _FORMAT = 'gatedfm-tokenizer-1'
 _TIMES = tuple(f'<{i / 50:.2f}>' for i in range(1501))  # 0 to 30 s in steps of 20 ms
@@ -120,8 +121,6 @@ class Tokenizer:
 
   def save(self, path: Path | str) -> None:
     """Writes the tokenizer to one JSON file, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
       'format': _FORMAT,
       'languages': self.languages,
@@ -129,9 +128,7 @@ class Tokenizer:
       'timestamps': self.timestamps,
       'sentencepiece': base64.b64encode(self._model).decode('ascii'),
     }
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(json.dumps(content, indent=1) + '\n')
-    os.replace(temporary, path)
+    atomic.write_text(Path(path), json.dumps(content, indent=1) + '\n')
 
   @classmethod
   def load(cls, path: Path | str) -> 'Tokenizer':

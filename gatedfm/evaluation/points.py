@@ -21,14 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gatedfm import compiling, metrics
+from gatedfm import atomic, compiling, metrics
 from gatedfm import gates as gates_lib
 from gatedfm.data import corpus, features, pipeline, sources
 from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
-from gatedfm.trainers import checkpoints, log
+from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError
 from gatedfm.trainers.log import say
@@ -97,7 +97,7 @@ def evaluate(
   }
   outputs_path = workdir / f'outputs_{split}.jsonl'
   if path.exists() and outputs_path.exists():
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding='utf-8'))
     # Who asks for no other source is served by an evaluation that had one, and does not lose it.
     if saved['key'] == key | ({} if other else {'other': saved['key']['other']}):
       return saved
@@ -132,8 +132,8 @@ def evaluate(
   }
   lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in outputs)
   path.unlink(missing_ok=True)  # of other outputs; a kill leaves none rather than that
-  log.write_atomically(outputs_path, lines)
-  log.write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + '\n')
+  atomic.write_text(outputs_path, lines)
+  atomic.write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + '\n')
   return result
 
 
@@ -231,7 +231,7 @@ def summarize(
     'points': rows,
     'headline': _headline(rows),
   }
-  log.write_atomically(
+  atomic.write_text(
     workdir / 'summary.json', json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
   )
   return summary
@@ -249,7 +249,8 @@ def _git_revision() -> str:
 
 
 def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
-  return [json.loads(x) for x in (workdir / f'outputs_{split}.jsonl').read_text().splitlines()]
+  text = (workdir / f'outputs_{split}.jsonl').read_text(encoding='utf-8')
+  return [json.loads(x) for x in text.splitlines()]
 
 
 def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, dict[str, float]]:

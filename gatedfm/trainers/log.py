@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from gatedfm import atomic
 
 
 def say(message: str) -> None:
@@ -24,14 +25,6 @@ def duration(seconds: float) -> str:
   minutes, s = divmod(round(max(seconds, 0)), 60)
   hours, m = divmod(minutes, 60)
   return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Replaces `path` in one step: readers see the old file or the new one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(text)
-  os.replace(temporary, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -58,7 +51,7 @@ class Log:
   def __init__(self, workdir: Path, step: int, tensorboard: bool):
     self._path = workdir / 'metrics.jsonl'
     rows = [r for r in read_metrics(self._path) if r['step'] <= step]
-    write_atomically(self._path, ''.join(json.dumps(r) + '\n' for r in rows))
+    atomic.write_text(self._path, ''.join(json.dumps(r) + '\n' for r in rows))
     self._file = open(self._path, 'a')  # noqa: SIM115
     self._events = None
     if tensorboard:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from gatedfm import compiling, partitioning
+from gatedfm import atomic, compiling, partitioning
 from gatedfm.data import corpus, pipeline
 from gatedfm.data.sources import default_data_dir
 from gatedfm.data.types import DataError
@@ -310,8 +310,8 @@ def _run(
   if first >= cfg.steps:
     raise ConfigError(f'steps is {cfg.steps}, but {cfg.continue_from} stands at {first}: raise it')
   # Nothing was refused: from here on the workdir is this configuration's.
-  log.write_atomically(workdir / DATA, fingerprints)
-  log.write_atomically(
+  atomic.write_text(workdir / DATA, fingerprints)
+  atomic.write_text(
     workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
   )
   batches.set_state({'next_batch': int(progress['next_batch'])})

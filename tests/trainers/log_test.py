@@ -38,14 +38,6 @@ def test_events_are_written_where_wanted(tmp_path):
   assert list((tmp_path / 'events').iterdir())
 
 
-def test_writing_replaces_in_one_step(tmp_path):
-  path = tmp_path / 'a' / 'b.txt'
-  log.write_atomically(path, 'one')
-  log.write_atomically(path, 'two')
-  assert path.read_text() == 'two'
-  assert [p.name for p in path.parent.iterdir()] == ['b.txt']
-
-
 @pytest.mark.parametrize(
   ('seconds', 'text'), [(-3, '0:00'), (59.6, '1:00'), (125, '2:05'), (3723, '1:02:03')]
 )

@@ -1,0 +1,31 @@
+"""Files replaced in one step: readers see the old one or the new one, never a half.
+
+Writers may be many: threads, processes, and hosts that share a file system.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file whole; folders are made where missing.
+
+  Args:
+    path: of the file; its mode follows the umask, as that of any new file.
+    content: all of it.
+
+  Raises:
+    OSError: it cannot be written; what stood there stands.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # A folder of its own: no other writer's name, and the file inside has an ordinary mode.
+  with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+    temporary = Path(folder) / path.name
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, content: str) -> None:
+  """Writes a text file whole, as UTF-8; see `write_bytes`."""
+  write_bytes(path, content.encode('utf-8'))
