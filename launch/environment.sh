@@ -32,7 +32,9 @@ install() {
     echo "gatedfm needs Python 3.11 or newer; set GATEDFM_PYTHON to one" >&2
     exit 1
   fi
-  if [ ! -x .venv/bin/python ]; then
+  # Killed midway, `venv` leaves a Python without pip.
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
     if ! "$python" -m venv .venv 2>/dev/null; then
       rm -rf .venv
       if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -1,0 +1,53 @@
+"""The environment that the launch scripts make, with a stand-in for Python."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Version check: passes. `-m venv` makes one with pip.
+PYTHON = """#!/bin/sh
+if [ "$2" = venv ]; then
+  echo made >> "$LOG"
+  mkdir -p "$3/bin" && printf '#!/bin/sh\nexit 0\n' > "$3/bin/python" && chmod +x "$3/bin/python"
+fi
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+  """Calls `install` of a copy of the script; returns how many environments it has made by then."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(ROOT / 'launch' / 'environment.sh', tmp_path / 'launch')
+  python, log = tmp_path / 'python', tmp_path / 'log'
+  python.write_text(PYTHON)
+  python.chmod(0o755)
+
+  def call():
+    commands = '. launch/environment.sh; allocator() { :; }; install'
+    environment = os.environ | {'GATEDFM_PYTHON': str(python), 'LOG': str(log)}
+    subprocess.run(
+      ['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=environment, check=True
+    )
+    return len(log.read_text().splitlines())
+
+  return call
+
+
+def test_an_environment_is_made_once(install):
+  assert install() == 1
+  assert install() == 1
+
+
+def test_an_environment_without_pip_is_made_anew(install, tmp_path):
+  half = tmp_path / '.venv' / 'bin' / 'python'
+  half.parent.mkdir(parents=True)
+  half.write_text('#!/bin/sh\necho "No module named pip" >&2; exit 1\n')
+  half.chmod(0o755)
+  (tmp_path / '.venv' / 'installed-0').touch()
+  assert install() == 1
+  assert install() == 1
+  assert not (tmp_path / '.venv' / 'installed-0').exists()
