@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gatedfm.data import features, text, types
-
-if TYPE_CHECKING:
-  from gatedfm.data.pipeline import DataConfig
-  from gatedfm.data.tokenizer import Tokenizer
+from gatedfm.data.data_config import DataConfig
+from gatedfm.data.tokenizer import Tokenizer
 
 NO_TEXT = -1
 
@@ -88,24 +85,19 @@ def build_examples(
   Args:
     sources: one or several; the order counts.
     tokenizer: knows the languages and tasks.
-    config: `tasks`, `loss_weights`, `max_frames`, `max_tokens`, `notimestamps`, `lid_ctc` are
-      read.
+    config: sound; `tasks`, `loss_weights`, `max_frames`, `max_tokens`, `notimestamps`,
+      `lid_ctc` are read.
 
   Returns:
     The examples, and (record id, reason) for all that could not be used.
 
   Raises:
-    ValueError: a task that the tokenizer does not know, or weights for other than all tasks.
+    ValueError: a task that the tokenizer does not know.
     DataError: no example is left; the message has the first reasons.
   """
   task_ids = {task: tokenizer.task_id(task) for task in config.tasks}
   loss_weights = np.ones(len(tokenizer.tasks), np.float32)
   if config.loss_weights:
-    if len(config.loss_weights) != len(config.tasks) or min(config.loss_weights) < 0:
-      raise ValueError(
-        f'data.loss_weights {config.loss_weights} must give each of the tasks '
-        f'{" ".join(config.tasks)} a weight of at least 0'
-      )
     loss_weights[list(task_ids.values())] = config.loss_weights
   table, columns, skipped = _Table(), [], []
   for s, source in enumerate(sources):

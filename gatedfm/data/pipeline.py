@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from gatedfm.data.batching import EpochPlan, Shape, batch_shapes, in_order
+from gatedfm.data.data_config import DataConfig
 from gatedfm.data.examples import Examples, build_examples
 from gatedfm.data.features import N_MELS, FeatureCache
 
@@ -25,47 +26,6 @@ __all__ = [
 ]
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class DataConfig:
-  """What to train on and how to batch it.
-
-  Attributes:
-    sources: specs for `gatedfm.data.sources.load`.
-    extra: specs of sources that are trained on and never scored, synthetic speech for one;
-      tokenizer and feature statistics come from `sources` alone.
-    tasks: 'asr', 'lid', 'st_xxx'.
-    task_weights: times that an epoch sees each example of a task; () = once.
-    loss_weights: weight of each task's examples in the loss; () = 1. A language is one token and
-      a transcript many, so that where gates choose what to give up, nats alone misprice them.
-    batch_frames: B · T of a batch at most, over all hosts.
-    batch_size: B of every bucket instead; 0 = by `batch_frames`.
-    bucket_frames: boundaries of the buckets; () = those that pad the data the least.
-    num_buckets: of these at most, so that many compilations.
-    max_frames: of 10 ms; longer utterances are left out.
-    max_tokens: longer texts are left out.
-    notimestamps: whether the decoder's prefix has <notimestamps>, as OWSM's.
-    lid_ctc: whether examples of 'lid' train CTC too.
-    seed: of sampling and order.
-    workers: Grain worker processes; 0 = one thread that reads ahead.
-  """
-
-  sources: tuple[str, ...] = ('auto',)
-  extra: tuple[str, ...] = ()
-  tasks: tuple[str, ...] = ('asr', 'lid', 'st_eng')
-  task_weights: tuple[float, ...] = ()
-  loss_weights: tuple[float, ...] = ()
-  batch_frames: int = 16_000
-  batch_size: int = 0
-  bucket_frames: tuple[int, ...] = ()
-  num_buckets: int = 6
-  max_frames: int = 3_001
-  max_tokens: int = 256
-  notimestamps: bool = False
-  lid_ctc: bool = False
-  seed: int = 0
-  workers: int = 0
 
 
 def _collate(
@@ -281,18 +241,16 @@ def train_iterator(
   Args:
     examples: from `build_examples`.
     caches: the features of each source, in the order of the sources.
-    config: `tasks`, `task_weights`, `seed`, `workers` are read.
+    config: sound; `tasks`, `task_weights`, `seed`, `workers` are read.
     shapes: from `batch_shapes`.
     process_index: this host, of
     process_count: hosts; each reads its contiguous share of the rows of every batch.
 
   Raises:
-    ValueError: caches of other sources, hosts that do not divide the batches, or weights
-      that do not match the tasks.
+    ValueError: caches of other sources, hosts that do not divide the batches, or task weights
+      that leave no example.
   """
   weights = config.task_weights or (1.0,) * len(config.tasks)
-  if len(weights) != len(config.tasks):
-    raise ValueError(f'{len(weights)} task_weights for {len(config.tasks)} tasks')
   _check_caches(examples, caches)
   for shape in shapes:
     _host_slice(shape.batch, process_index, process_count)

@@ -205,17 +205,26 @@ class Tokenizer:
     return self.tasks.index(task)
 
 
-def _head(languages: tuple[str, ...], tasks: tuple[str, ...], timestamps: bool) -> tuple[str, ...]:
-  """The tokens before the pieces."""
-  for kind, names in (('language', languages), ('task', tasks)):
-    if len(set(names)) < len(names) or not names:
-      raise ValueError(f'{kind}s must be distinct and at least one, got {names}')
-  for language in languages:
-    if not re.fullmatch('[a-z]{3}', language):
-      raise ValueError(f'language {language!r} is not an ISO 639-3 code such as fra')
+def check_tasks(tasks: Sequence[str]) -> None:
+  """Raises ValueError unless there are tasks, distinct and each of them asr, lid or st_xxx."""
+  _check_distinct('task', tasks)
   for task in tasks:
     if not _TASK_NAME.fullmatch(task):
       raise ValueError(f'task {task!r} is none of asr, lid, st_xxx (xxx a language)')
+
+
+def _check_distinct(kind: str, names: Sequence[str]) -> None:
+  if len(set(names)) < len(names) or not names:
+    raise ValueError(f'{kind}s must be distinct and at least one, got {names}')
+
+
+def _head(languages: tuple[str, ...], tasks: tuple[str, ...], timestamps: bool) -> tuple[str, ...]:
+  """The tokens before the pieces."""
+  _check_distinct('language', languages)
+  for language in languages:
+    if not re.fullmatch('[a-z]{3}', language):
+      raise ValueError(f'language {language!r} is not an ISO 639-3 code such as fra')
+  check_tasks(tasks)
   return (
     '<blank>',
     '<unk>',

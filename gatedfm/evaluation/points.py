@@ -48,6 +48,7 @@ def _splits(
   # Scored on everything: an utterance too long to train on is still one to recognise.
   whole = {
     'max_frames': LONGEST,
+    'loss_weights': (),  # of the trained tasks, which `other` does not have
     'max_tokens': cfg.model.max_tokens,
     'num_buckets': 3,
     'batch_frames': max(cfg.data.batch_frames, LONGEST + 8),  # rounded up to a multiple of 8

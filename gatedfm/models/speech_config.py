@@ -138,6 +138,10 @@ class SpeechConfig:
     ):
       if getattr(self, name) < 1:
         raise ConfigError(f'model.{name} is {getattr(self, name)}; it must be positive')
+    if self.subsampling_channels < 0:
+      raise ConfigError(
+        f'model.subsampling_channels is {self.subsampling_channels}; it must be positive, or 0: d'
+      )
     if self.d % self.heads or self.d % 2:
       raise ConfigError(f'model.d={self.d} must be even and divisible by model.heads={self.heads}')
     if self.cgmlp % 2:

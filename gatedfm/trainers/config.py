@@ -5,7 +5,8 @@ import json
 import typing
 from typing import Any
 
-from gatedfm.data.pipeline import DataConfig
+from gatedfm.data.data_config import DataConfig
+from gatedfm.data.features import N_MELS
 from gatedfm.models.speech_config import ConfigError, GateConfig, SpeechConfig, choice
 from gatedfm.trainers.augment import AugmentConfig
 
@@ -75,6 +76,8 @@ class SparsityConfig:
     choice('sparsity.count', self.count, ('modules', 'macs'))
     if not 0 <= self.target < 1:
       raise ConfigError(f'sparsity.target is {self.target}; it is the closed fraction, in [0, 1)')
+    if self.weight < 0:
+      raise ConfigError(f'sparsity.weight is {self.weight}; it must be at least 0')
     if not 0 <= self.ramp <= 1 or not 0 <= self.freeze < 1:
       raise ConfigError('sparsity.ramp and sparsity.freeze are fractions of the training')
     if self.tau_start <= 0 or self.tau_end <= 0:
@@ -130,8 +133,16 @@ class TrainConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def validate(self) -> None:
-    """Raises ConfigError, naming the field and the mend, before anything is compiled."""
+    """Before anything is prepared or compiled.
+
+    Raises:
+      ConfigError: an impossible value; the message names the field and the mend.
+      DataError: one of `data`.
+    """
     self.model.validate()
+    if self.model.mels != N_MELS:
+      raise ConfigError(f'model.mels is {self.model.mels}, but features have {N_MELS}')
+    self.data.validate()
     self.optimizer.validate()
     self.sparsity.validate()
     for name in ('steps', 'log_every', 'eval_every', 'checkpoint_every', 'keep'):

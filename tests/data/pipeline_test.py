@@ -266,7 +266,6 @@ def test_unusually_long_texts_move_up_a_bucket(data):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'bucket_frames': (100, 50)}, 'must increase'),
     ({'bucket_frames': (50, 100)}, 'reach the longest utterance of'),
     ({'batch_frames': 100}, 'batch of 4 .* does not fit'),
     ({'batch_size': 6}, 'batch of 4 .* does not fit'),
@@ -278,10 +277,6 @@ def test_bad_shapes(data, changes, message):
 
 
 def test_bad_iterators(data):
-  with pytest.raises(ValueError, match='2 task_weights for 3 tasks'):
-    train(data, task_weights=(1.0, 2.0))
-  with pytest.raises(ValueError, match='negative'):
-    train(data, task_weights=(1.0, 2.0, -1.0))
   with pytest.raises(ValueError, match='no example'):
     train(data, task_weights=(0.0, 0.0, 0.0))
   with pytest.raises(ValueError, match='3 hosts cannot share'):

@@ -5,6 +5,7 @@ import copy
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_the_scores_are_those_of_the_outputs(gated, runs):
   assert sum(n for row in confusion.values() for n in row.values()) == 8  # of the test split
   right = sum(confusion[x].get(x, 0) for x in confusion)
   assert result['lid']['other_source'] == right / 8
+
+
+def test_elsewhere_the_weights_of_the_trained_tasks_do_not_count(runs, tone_data):
+  cfg = points.load_train_config(runs / 'gated')
+  cfg.data.loss_weights = (1.0, 30.0, 3.0)
+  assets = corpus.Assets.load(runs / 'gated' / corpus.ASSETS)
+  other = f'manifest:{tone_data}/manifest.jsonl'
+  opened = points._splits(cfg, assets, 'validation', other, Path(cfg.data_dir))
+  assert set(opened['other'].examples.task) == {assets.tokenizer.task_id('lid')}
 
 
 def test_the_gate_map_adds_up(gated):

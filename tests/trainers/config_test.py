@@ -10,6 +10,7 @@ import tiny_run
 from absl import flags
 from ml_collections import config_flags
 
+from gatedfm.data.types import DataError
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 
@@ -85,11 +86,14 @@ def test_values_of_another_type_are_refused(monkeypatch):
     ('model.dropout', 1.0, r'model\.dropout'),
     ('model.gates.threshold', 0.0, r'gates\.threshold'),
     ('model.gates.context', ('mood',), r'gates\.context'),
+    ('model.mels', 40, r'model\.mels is 40, but features have 80'),
+    ('model.subsampling_channels', -1, r'model\.subsampling_channels is -1'),
     ('optimizer.name', 'sgd', r'optimizer\.name'),
     ('optimizer.schedule', 'step', r'optimizer\.schedule'),
     ('optimizer.peak_lr', 0.0, r'optimizer\.peak_lr'),
     ('optimizer.warmup', 0, 'warmup'),
     ('sparsity.target', 1.0, r'sparsity\.target is 1'),
+    ('sparsity.weight', -1.0, r'sparsity\.weight is -1'),
     ('sparsity.ramp', 1.1, r'sparsity\.ramp'),
     ('sparsity.freeze', 1.0, r'sparsity\.freeze'),
     ('sparsity.penalty', 'cubic', r'sparsity\.penalty'),
@@ -100,6 +104,11 @@ def test_values_of_another_type_are_refused(monkeypatch):
 def test_impossible_values_name_their_field(path, value, message):
   with pytest.raises(ConfigError, match=message):
     changed(path, value).validate()
+
+
+def test_impossible_data_is_refused_with_the_rest():
+  with pytest.raises(DataError, match=r'data\.num_buckets is 0'):
+    changed('data.num_buckets', 0).validate()
 
 
 def test_one_parent_at_most():

@@ -291,9 +291,7 @@ def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkey
     ('vocab', 4000, 'vocab.*too large'),
     ('vocab', 20, 'vocab.*too small'),
     ('mesh.data', 3, 'mesh.*does not fit 1 devices'),
-    ('data.task_weights', (1.0,), 'data.*1 task_weights for 3 tasks'),
     ('data.bucket_frames', (10,), 'data.*bucket_frames'),
-    ('data.tasks', ('asr', 'sing'), 'data.tasks.*sing'),
     ('steps', 0, 'steps'),
   ],
 )
