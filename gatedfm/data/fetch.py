@@ -5,12 +5,17 @@ The data keep their own licences and are never part of this repository.
 
 import dataclasses
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from gatedfm.data.types import DataError
 
@@ -41,8 +46,8 @@ class DebianPackage:
 
 
 def has_apt() -> bool:
-  """Whether packages can be fetched here: apt-get and dpkg-deb are installed."""
-  return shutil.which('apt-get') is not None and shutil.which('dpkg-deb') is not None
+  """Whether packages can be fetched here."""
+  return shutil.which('apt-get') is not None
 
 
 def sha256(path: Path) -> str:
@@ -77,7 +82,7 @@ def fetch(package: DebianPackage, downloads: Path) -> Path:
 
   if not has_apt():
     raise FetchError(
-      f'cannot fetch {package.name} {package.version}: apt-get and dpkg-deb are not'
+      f'cannot fetch {package.name} {package.version}: apt-get is not'
       f' installed here. Put {package.file_name} (a package of Debian) into'
       f" {downloads}, or use the source 'espeak', which needs no download"
     )
@@ -102,10 +107,38 @@ def fetch(package: DebianPackage, downloads: Path) -> Path:
 
 
 def unpack(deb: Path, folder: Path) -> None:
-  """Unpacks the files of a .deb into `folder`, as `dpkg-deb -x` does."""
-  result = subprocess.run(['dpkg-deb', '-x', str(deb), str(folder)], capture_output=True, text=True)
-  if result.returncode:
-    raise FetchError(f'dpkg-deb cannot unpack {deb}: {result.stderr.strip()}; delete it')
+  """Unpacks the files of a .deb into `folder`: with dpkg-deb, where that is missing without.
+
+  Raises:
+    FetchError: a damaged package, or one packed with what only dpkg-deb reads.
+  """
+  if shutil.which('dpkg-deb'):
+    command = ['dpkg-deb', '-x', str(deb), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+      raise FetchError(f'dpkg-deb cannot unpack {deb}: {result.stderr.strip()}; delete it')
+    return
+  try:
+    with open(deb, 'rb') as file:
+      name = _seek_files(file)
+      if name.endswith('.zst') and sys.version_info < (3, 14):
+        raise FetchError(f'{deb} is packed with zstd: install dpkg-deb, or use Python 3.14')
+      with tarfile.open(fileobj=file, mode='r|*') as archive:
+        archive.extractall(folder, filter='data')
+  except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+    raise FetchError(f'cannot unpack {deb}: {error}; delete it') from error
+
+
+def _seek_files(file: BinaryIO) -> str:
+  """Goes to the archive of files in a .deb, an `ar` container; returns the archive's name."""
+  if file.read(8) != b'!<arch>\n':
+    raise tarfile.ReadError('it is not a package of Debian')
+  while len(header := file.read(60)) == 60 and header[48:58].strip().isdigit():
+    name, size = header[:16].decode('ascii', 'replace').rstrip(' /'), int(header[48:58])
+    if name.startswith('data.tar'):
+      return name
+    file.seek(size + size % 2, os.SEEK_CUR)  # members start at even offsets
+  raise tarfile.ReadError('it holds no data.tar')
 
 
 def _other_version(package: DebianPackage, path: Path) -> Path:

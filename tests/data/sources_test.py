@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import shutil
 import stat
+import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -82,8 +85,6 @@ def apt(tmp_path, monkeypatch):
     script = folder / 'apt-get'
     script.write_text(f'#!/bin/sh\necho "$@" >> {folder}/log\n{body}\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    (folder / 'dpkg-deb').write_text('#!/bin/sh\nexit 0\n')
-    (folder / 'dpkg-deb').chmod(0o755)
     return folder / 'log'
 
   return install
@@ -140,6 +141,59 @@ def test_without_apt_the_package_and_the_way_out_are_named(tmp_path, monkeypatch
   monkeypatch.setenv('PATH', str(tmp_path))
   with pytest.raises(fetch.FetchError, match=r"data 1\.0-1: .*package of Debian.*'espeak'"):
     fetch.fetch(PACKAGE, tmp_path / 'downloads')
+
+
+def write_deb(path, mode='xz', suffix=None):
+  """A package of one file, `usr/a.txt`."""
+  members = [('debian-binary', b'2.0\n')]
+  for name, inside, content in (('control', 'control', b'Package: data\n'), ('data', *FILE)):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f'w:{mode}') as archive:
+      info = tarfile.TarInfo(f'./{inside}')
+      info.size = len(content)
+      archive.addfile(info, io.BytesIO(content))
+    members.append((f'{name}.tar.{suffix or mode}', buffer.getvalue()))
+  with open(path, 'wb') as file:
+    file.write(b'!<arch>\n')
+    for name, content in members:
+      file.write(f'{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n'.encode())
+      file.write(content + b'\n' * (len(content) % 2))
+  return path
+
+
+FILE = ('usr/a.txt', b'content')
+
+
+@pytest.fixture(params=['dpkg-deb', 'Python'])
+def unpacker(request, tmp_path, monkeypatch):
+  """The two ways to unpack."""
+  if request.param == 'Python':
+    monkeypatch.setenv('PATH', str(tmp_path / 'nothing'))
+  elif not shutil.which('dpkg-deb'):
+    pytest.skip('there is no dpkg-deb')
+  return request.param
+
+
+@pytest.mark.parametrize('mode', ['xz', 'gz'])
+def test_packages_are_unpacked_with_and_without_dpkg(mode, unpacker, tmp_path):
+  fetch.unpack(write_deb(tmp_path / 'data.deb', mode), tmp_path / 'files')
+  assert (tmp_path / 'files' / FILE[0]).read_bytes() == FILE[1]
+
+
+@pytest.mark.parametrize('damage', [lambda x: b'text', lambda x: x[:100], lambda x: x[:-90]])
+def test_a_damaged_package_is_named(damage, unpacker, tmp_path):
+  path = write_deb(tmp_path / 'data.deb')
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(fetch.FetchError, match=rf'(?s)cannot unpack {path}: .*; delete it'):
+    fetch.unpack(path, tmp_path / 'files')
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason='this Python reads zstd')
+def test_a_package_that_only_dpkg_reads_says_so(tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  path = write_deb(tmp_path / 'data.deb', suffix='zst')
+  with pytest.raises(fetch.FetchError, match='zstd: install dpkg-deb'):
+    fetch.unpack(path, tmp_path / 'files')
 
 
 def test_progress_reports_rate_and_eta(monkeypatch):
