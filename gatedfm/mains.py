@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,60 @@ from absl import app, logging
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run` whose wrong `--config.field` is one line that names the fields there are."""
+  """`app.run` where a field that no configuration has is one line that names those there are.
+
+  `GATEDFM_TRACEBACK=1` shows the traceback.
+  """
 
   def parse(argv: list[str]) -> list[str]:
     try:
       return app.parse_flags_with_usage(argv)
     except (KeyError, AttributeError) as e:
-      raise SystemExit(f'error: {_unknown_field(str(e.args[0]))}') from None
+      if os.environ.get('GATEDFM_TRACEBACK'):
+        raise
+      raise SystemExit(f'error: {_explain(e)}') from None
 
   app.run(main, flags_parser=parse)
 
 
-def _unknown_field(message: str) -> str:
-  """What ml_collections says of a field that a dataclass has not, and those that it has."""
-  found = re.search(r"Field (\S+) not found on dataclass <class '(\S+)\.(\w+)'>", message)
-  if not found:
-    return f'--config: there is no {message!r}'
-  field, module, name = found.groups()
-  fields = dataclasses.fields(getattr(importlib.import_module(module), name))
-  return f'--config: {name} has no field {field}; it has {", ".join(f.name for f in fields)}'
+# As ml_collections says it of a flag, and Python of a line in a configuration file.
+_UNKNOWN_FIELD = (
+  r"Field (?P<field>\S+) not found on dataclass <class '\S+\.(?P<name>\w+)'>",
+  r"'(?P<name>\w+)' object has no attribute '(?P<field>\w+)'",
+)
+
+
+def _explain(error: Exception) -> str:
+  """One line on what a `--config` flag or its file asks for that is not there, and where."""
+  message = str(error.args[0]) if error.args else ''
+  place = _place(error)
+  for pattern in _UNKNOWN_FIELD:
+    found = re.search(pattern, message)
+    fields = _fields(found['name']) if found else ()
+    if fields:
+      what = f'{found["name"]} has no field {found["field"]}; it has {", ".join(fields)}'
+      return f'{place or "--config"}: {what}'
+  return f'{place}: {error!r}' if place else f'--config: there is no {message!r}'
+
+
+def _place(error: Exception) -> str:
+  """File and line of the user's own code that raised, '' where none did."""
+  libraries = [sysconfig.get_path(name) for name in ('stdlib', 'purelib', 'platlib')]
+  others = (Path(__file__).parent, *map(Path, libraries))
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    path = Path(frame.filename)
+    if not frame.filename.startswith('<') and not any(map(path.is_relative_to, others)):
+      return f'{path}, line {frame.lineno}'
+  return ''
+
+
+def _fields(name: str) -> tuple[str, ...]:
+  """Fields of the configuration class of that name; () where there is none."""
+  from gatedfm.evaluation.sweep import SweepConfig
+  from gatedfm.trainers import config
+
+  cls = SweepConfig if name == 'SweepConfig' else getattr(config, name, None)
+  return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 
 
 def loaded(config: Any) -> Any:

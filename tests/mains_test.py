@@ -17,8 +17,8 @@ CONFIGS = 'configs/gated_speech'
 MAINS = ('train', 'evaluate', 'transcribe', 'sweep')
 
 
-def run(*arguments):
-  environment = os.environ | {'PYTHONPATH': str(tiny_run.ROOT)}
+def run(*arguments, **variables):
+  environment = os.environ | {'PYTHONPATH': str(tiny_run.ROOT)} | variables
   command = [sys.executable, '-m', *arguments]
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
@@ -85,6 +85,32 @@ def test_a_sweep_on_several_hosts_is_refused(name, value, monkeypatch):
   assert result.returncode == 1
   assert result.stderr.startswith('error: a sweep runs on one host. Train each point on all')
   assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('cfg.optimizer.warmpu = 20', 'OptimizerConfig has no field warmpu; it has name, peak_lr, '),
+    ("{}['there']", "KeyError('there')"),
+    ('cfg.optimizer.warmup.steps', "AttributeError(\"'int' object has no attribute 'steps'\")"),
+  ],
+)
+def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(tmp_path, line, message):
+  path = tmp_path / 'mine.py'
+  path.write_text(f"""from gatedfm.trainers.config import TrainConfig
+def get_config():
+  cfg = TrainConfig()
+  {line}
+  return cfg
+""")
+  arguments = ('gatedfm.train', f'--config={path}', f'--workdir={tmp_path}/run')
+  result = run(*arguments)
+  assert result.returncode == 1
+  assert result.stderr.startswith(f'error: {path}, line 4: {message}')
+  assert len(result.stderr.splitlines()) == 1
+  result = run(*arguments, GATEDFM_TRACEBACK='1')
+  assert result.returncode
+  assert 'Traceback' in result.stderr
 
 
 TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')

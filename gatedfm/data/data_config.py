@@ -10,7 +10,7 @@ from gatedfm.data.tokenizer import check_tasks
 from gatedfm.data.types import DataError
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DataConfig:
   """What to train on and how to batch it.
 

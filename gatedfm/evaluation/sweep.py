@@ -19,7 +19,7 @@ from gatedfm.trainers.config import ConfigError, TrainConfig, choice
 from gatedfm.trainers.log import say
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SweepConfig:
   """Points and how they are compared.
 

@@ -26,7 +26,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f'{name} is {value!r}; choose one of {", ".join(allowed)}')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class GateConfig:
   """The gate predictor (Algorithm 1) and the gaps that the publication leaves open.
 
@@ -69,7 +69,7 @@ class GateConfig:
       raise ConfigError(f'gates.threshold is {self.threshold}; it is a probability in (0, 1)')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SpeechConfig:
   """Sizes of the encoder-decoder; the defaults are OWSM v3.1 base's shape.
 

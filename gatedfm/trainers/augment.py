@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class AugmentConfig:
   """SpecAugment (Park et al. 2019; OWSM's two frequency and ten time masks by default), and
   two warps that stand in for speed perturbation and vocal tract length perturbation.

@@ -11,7 +11,7 @@ from gatedfm.models.speech_config import ConfigError, GateConfig, SpeechConfig, 
 from gatedfm.trainers.augment import AugmentConfig
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class OptimizerConfig:
   """The optimizer; weight decay is decoupled and on kernels and embeddings alone.
 
@@ -43,7 +43,7 @@ class OptimizerConfig:
       raise ConfigError('optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SparsityConfig:
   """How gates are driven to a sparsity target; used where `model.gates.enabled`.
 
@@ -84,7 +84,7 @@ class SparsityConfig:
       raise ConfigError('sparsity.tau_start and tau_end must be positive')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class MeshConfig:
   """Sizes of the mesh axes; -1 takes the devices that are left."""
 
@@ -93,7 +93,7 @@ class MeshConfig:
   model: int = 1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TrainConfig:
   """Everything that a training run depends on.
 

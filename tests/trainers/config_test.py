@@ -1,7 +1,9 @@
 """Configurations: unknown keys and flags, impossible values, what may change on a workdir."""
 
+import copy
 import dataclasses
 import json
+import operator
 import pathlib
 import sys
 
@@ -11,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gatedfm.data.types import DataError
+from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 
@@ -31,6 +34,21 @@ def test_survives_json(make):
   cfg = make('/tones')
   values = json.loads(json.dumps(config_lib.to_dict(cfg)))
   assert config_lib.from_dict(TrainConfig, values) == cfg
+
+
+@pytest.mark.parametrize(
+  'owner', ['', 'model', 'model.gates', 'data', 'augment', 'optimizer', 'sparsity', 'mesh']
+)
+def test_a_field_that_is_misspelt_in_a_file_is_refused(owner):
+  for cfg in (TrainConfig(), copy.deepcopy(TrainConfig())):
+    part = operator.attrgetter(owner)(cfg) if owner else cfg
+    with pytest.raises(AttributeError, match='stpes'):
+      part.stpes = 3
+
+
+def test_a_field_of_a_sweep_that_is_misspelt_in_a_file_is_refused():
+  with pytest.raises(AttributeError, match='stpes'):
+    SweepConfig().stpes = 3
 
 
 def test_unknown_keys_are_named():
