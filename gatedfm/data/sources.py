@@ -18,7 +18,7 @@ KNOWN = {
   'espeak:stamps': 'synthetic voices that read the texts of stamps',
   'espeak:phrases': 'synthetic voices that read random common words; text as much as one wants',
   'manifest:PATH': "a JSONL manifest of one's own data",
-  'auto': 'stamps where apt-get exists, espeak elsewhere',
+  'auto': 'stamps where apt-get exists or they are prepared, espeak elsewhere',
 }
 
 
@@ -48,6 +48,22 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
   return opener(split, data_dir, **options)
 
 
+def resolve(spec: str, data_dir: Path) -> str:
+  """What `auto` means on this machine; any other spec as it stands.
+
+  Args:
+    spec: see `load`.
+    data_dir: the cache folder.
+  """
+  if spec != 'auto':
+    return spec
+  if fetch.has_apt():
+    return 'stamps'
+  from gatedfm.data import stamps
+
+  return 'stamps' if stamps.folder(data_dir).exists() else 'espeak'
+
+
 def parse(spec: str) -> tuple[Callable[..., Source], dict[str, Any], str]:
   """Opener, its options and what follows a colon (a manifest's path); prepares nothing.
 
@@ -55,8 +71,6 @@ def parse(spec: str) -> tuple[Callable[..., Source], dict[str, Any], str]:
     DataError: unknown source or option, or a bad value.
   """
   name, _, query = spec.partition('?')
-  if name == 'auto':
-    name = 'stamps' if fetch.has_apt() else 'espeak'
   kind, _, path = name.partition(':')
   opener = _manifest if kind == 'manifest' and path else _OPENERS.get(name)
   if opener is None:
@@ -89,6 +103,10 @@ def _languages(value: str) -> tuple[str, ...]:
 
 
 # The packages behind the sources load when a source is first opened.
+
+
+def _auto(split: str, data_dir: Path) -> Source:
+  return load(resolve('auto', data_dir), split, data_dir)
 
 
 def _stamps(split: str, data_dir: Path) -> Source:
@@ -167,6 +185,7 @@ def _manifest(
 
 
 _OPENERS = {
+  'auto': _auto,
   'stamps': _stamps,
   'asterisk': _asterisk,
   'espeak': _espeak,

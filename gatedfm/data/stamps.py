@@ -228,6 +228,11 @@ class TuxpaintStamps(tfds.core.GeneratorBasedBuilder):
         yield key, example
 
 
+def folder(data_dir: Path) -> Path:
+  """Where `prepare` puts the data set below the cache folder `data_dir`."""
+  return data_dir / 'tfds' / 'tuxpaint_stamps' / str(TuxpaintStamps.VERSION)
+
+
 def prepare(data_dir: Path, tree: Path | None = None) -> Path:
   """Builds the data set unless it is there.
 
@@ -241,18 +246,18 @@ def prepare(data_dir: Path, tree: Path | None = None) -> Path:
   Raises:
     FetchError: the package cannot be fetched.
   """
-  downloads = data_dir / 'downloads'
-  downloads.mkdir(parents=True, exist_ok=True)
-  builder = TuxpaintStamps(tree=tree, downloads=downloads, data_dir=str(data_dir / 'tfds'))
-  folder = Path(builder.data_path)
-  if not folder.exists():
+  made = folder(data_dir)
+  if not made.exists():
+    downloads = data_dir / 'downloads'
+    downloads.mkdir(parents=True, exist_ok=True)
+    builder = TuxpaintStamps(tree=tree, downloads=downloads, data_dir=str(data_dir / 'tfds'))
     tfds.disable_progress_bar()
     try:
       builder.download_and_prepare()
     except OSError:
-      if not folder.exists():  # else another process was faster, and its data set stands
+      if not made.exists():  # else another process was faster, and its data set stands
         raise
-  return folder
+  return made
 
 
 def texts(folder: Path) -> list[Parallel]:

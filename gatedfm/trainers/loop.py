@@ -18,8 +18,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gatedfm import atomic, compiling, partitioning
-from gatedfm.data import corpus, pipeline
-from gatedfm.data.sources import default_data_dir
+from gatedfm.data import corpus, pipeline, sources
 from gatedfm.data.types import DataError
 from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.trainers import checkpoints, log, optimizer, step, throughput
@@ -92,6 +91,22 @@ def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
       f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
       + '\nChoose another --workdir, or remove this one to start over.'
     )  # fmt: skip
+
+
+def _settle_sources(cfg: TrainConfig, workdir: Path, data_dir: Path) -> None:
+  """Writes into `cfg` what `auto` means: what it meant when the workdir began, else by machine.
+
+  So a workdir that goes to another machine trains and is scored on the same data, or on none.
+  """
+  begun = (workdir / checkpoints.CONFIG).exists()
+  saved = checkpoints.load_config(workdir)['data'] if begun else {}
+  for name in ('sources', 'extra'):
+    specs = getattr(cfg.data, name)
+    before = saved.get(name, ())
+    if len(before) != len(specs):  # refused later on, for what it is
+      before = [sources.resolve(spec, data_dir) for spec in specs]
+    settled = (b if spec == 'auto' else spec for spec, b in zip(specs, before))
+    setattr(cfg.data, name, tuple(settled))
 
 
 def _fingerprints(workdir: Path, train: corpus.Split, resuming: bool) -> str:
@@ -270,12 +285,13 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
   workdir = Path(workdir)
   for parent in filter(None, (cfg.init_from, cfg.continue_from)):
     checkpoints.load_config(Path(parent))
-  data_dir = Path(cfg.data_dir) if cfg.data_dir else default_data_dir()
+  data_dir = Path(cfg.data_dir) if cfg.data_dir else sources.default_data_dir()
   with _naming('mesh'):
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     stack.enter_context(_alone(workdir))
+    _settle_sources(cfg, workdir, data_dir)
     cfg = complete(cfg, _assets(cfg, workdir, data_dir))
     _check_owner(cfg, workdir)
     stack.enter_context(partitioning.activate(mesh))

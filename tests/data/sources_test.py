@@ -55,6 +55,14 @@ def test_auto_prefers_human_speech(apt, expected, tmp_path, monkeypatch):
   monkeypatch.setattr(stamps, 'Stamps', lambda folder, split: 'stamps')
   monkeypatch.setattr(espeak, 'load', lambda *args: 'espeak')
   assert sources.load('auto', 'train', tmp_path) == expected
+  assert sources.resolve('auto', tmp_path) == expected
+  assert sources.resolve('asterisk?max_items=3', tmp_path) == 'asterisk?max_items=3'
+
+
+def test_auto_takes_stamps_that_are_prepared(tmp_path, monkeypatch):
+  monkeypatch.setattr(fetch, 'has_apt', lambda: False)
+  stamps.folder(tmp_path).mkdir(parents=True)
+  assert sources.resolve('auto', tmp_path) == 'stamps'
 
 
 def test_manifest_by_path_with_options(tmp_path):

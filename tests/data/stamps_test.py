@@ -48,6 +48,11 @@ def opened(prepared):
   return {split: stamps.Stamps(prepared, split) for split in SPLITS}
 
 
+def test_the_data_set_stands_where_it_is_looked_for(prepared):
+  assert prepared == stamps.folder(prepared.parents[2])
+  assert (prepared / 'dataset_info.json').exists()
+
+
 def test_texts_are_mapped_to_iso_codes_and_untranslated_locales_left_out():
   content = 'A cat.\nfr.utf8=Un chat. \npt_BR.utf8=Um gato.\nzh_CN.utf8=猫\nru.utf8=\nx\n'
   assert stamps.parse_texts(content) == {'eng': 'A cat.', 'fra': 'Un chat.', 'zho': '猫'}

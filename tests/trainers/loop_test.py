@@ -1,5 +1,6 @@
 """The loop around the step: where a run starts from, what it refuses, when it logs and saves."""
 
+import copy
 import fcntl
 import json
 import os
@@ -109,6 +110,21 @@ def test_from_scratch_then_resuming_its_own(cfg, fake, tmp_path, capsys):
   loop.train(cfg, tmp_path)
   assert 'already trained to step 8' in capsys.readouterr().out
   assert len(fake.states) == 8
+
+
+def test_what_auto_means_is_settled_when_a_run_begins(cfg, fake, tmp_path, monkeypatch):
+  """Else a workdir would be trained on, or scored, with other data on another machine."""
+  (mine,) = cfg.data.sources
+  resolved = lambda spec, _: mine if spec == 'auto' else spec
+  monkeypatch.setattr(loop.sources, 'resolve', resolved)
+  cfg.data.sources, fake.sigterm_at = ('auto',), 2
+  with pytest.raises(loop.Stopped):
+    loop.train(copy.deepcopy(cfg), tmp_path)
+  assert checkpoints.load_config(tmp_path)['data']['sources'] == [mine]
+  monkeypatch.setattr(loop.sources, 'resolve', lambda spec, _: 'espeak')
+  fake.sigterm_at = None
+  loop.train(cfg, tmp_path)
+  assert checkpoints.load_config(tmp_path)['data']['sources'] == [mine]
 
 
 def test_changed_data_is_not_resumed_on(cfg, fake, tone_data, tmp_path):
