@@ -29,9 +29,16 @@ class Assets:
     self.tokenizer.save(folder / TOKENIZER)
     self.stats.save(folder / STATS)
 
+  @property
+  def sizes(self) -> dict[str, int]:
+    """What the tokenizer says of the model: fields of its configuration, by name."""
+    t = self.tokenizer
+    # One language more: the unknown one.
+    return {'vocab_size': t.vocab_size, 'languages': len(t.languages) + 1, 'tasks': len(t.tasks)}
+
   @classmethod
   def load(cls, folder: Path) -> Assets:
-    """Reads them; raises DataError, naming the folder, where they are not there."""
+    """Reads them; raises DataError, naming folder or file, where they are missing or damaged."""
     if not (folder / TOKENIZER).exists() or not (folder / STATS).exists():
       raise DataError(
         f'{folder} has no {TOKENIZER} and {STATS}: not the assets of a trained model; '

@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import shutil
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -161,9 +163,15 @@ class FeatureStats:
 
   @classmethod
   def load(cls, path: Path | str) -> 'FeatureStats':
-    """Reads what `save` wrote."""
-    with np.load(path) as arrays:
-      return cls(arrays['mean'], arrays['std'])
+    """Reads what `save` wrote; raises DataError where the file is damaged."""
+    try:
+      with np.load(path) as arrays:
+        return cls(arrays['mean'], arrays['std'])
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+      raise types.DataError(
+        f'{path} holds no feature statistics or is damaged ({e!r}): copy it again from where the '
+        'model was trained'
+      ) from e
 
 
 class FeatureCache:

@@ -11,6 +11,7 @@ from pathlib import Path
 import sentencepiece
 
 from gatedfm import atomic
+from gatedfm.data.types import DataError
 
 _FORMAT = 'gatedfm-tokenizer-1'
 _TIMES = tuple(f'<{i / 50:.2f}>' for i in range(1501))  # 0 to 30 s in steps of 20 ms
@@ -135,17 +136,19 @@ class Tokenizer:
     """Reads what `save` wrote.
 
     Raises:
-      ValueError: the file is not a tokenizer.
+      DataError: the file is not a tokenizer, or damaged.
     """
     try:
-      content = json.loads(Path(path).read_text())
-      known = content['format'] == _FORMAT
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-      known = False
-    if not known:
-      raise ValueError(f'{path} is not a tokenizer file ({_FORMAT}); train it again')
-    model = base64.b64decode(content['sentencepiece'])
-    return cls(model, content['languages'], content['tasks'], content['timestamps'])
+      content = json.loads(Path(path).read_text(encoding='utf-8'))
+      if content['format'] != _FORMAT:
+        raise ValueError(f'its format is {content["format"]!r}')
+      model = base64.b64decode(content['sentencepiece'], validate=True)
+      return cls(model, content['languages'], content['tasks'], content['timestamps'])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:  # the last: SentencePiece's
+      raise DataError(
+        f'{path} is not a tokenizer file ({_FORMAT}) or damaged ({e!r}): copy it again from '
+        'where the model was trained'
+      ) from e
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a normalised text; characters never seen in training become <unk>."""

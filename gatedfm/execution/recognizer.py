@@ -20,6 +20,7 @@ from jax import lax
 
 from gatedfm import compiling
 from gatedfm.data.corpus import ASSETS, Assets
+from gatedfm.data.types import DataError
 from gatedfm.execution import ctc_prefix
 from gatedfm.gates import Gates
 from gatedfm.models.speech import Encoded, SpeechModel, for_inference
@@ -172,11 +173,18 @@ class Recognizer:
 
     Raises:
       CheckpointError: the workdir holds no run, naming what is missing.
+      DataError: assets that are missing, damaged or another model's.
     """
     workdir = Path(workdir)
     cfg = config_lib.from_dict(config_lib.TrainConfig, checkpoints.load_config(workdir))
-    params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
     assets = Assets.load(workdir / ASSETS)
+    for name, size in assets.sizes.items():
+      if getattr(cfg.model, name) != size:
+        raise DataError(
+          f'{workdir / ASSETS} belongs to another model: its tokenizer has {name} {size}, '
+          f'model.{name} is {getattr(cfg.model, name)}; copy the folder of this run again'
+        )
+    params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
     weight = cfg.ctc_weight if ctc_weight is None else ctc_weight
     return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, weight)
 

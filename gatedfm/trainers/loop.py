@@ -140,9 +140,8 @@ def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
 
 def complete(cfg: TrainConfig, assets: corpus.Assets) -> TrainConfig:
   """Fills in what follows from tokenizer and hardware."""
-  cfg.model.vocab_size = assets.tokenizer.vocab_size
-  cfg.model.languages = len(assets.tokenizer.languages) + 1
-  cfg.model.tasks = len(assets.tokenizer.tasks)
+  for name, size in assets.sizes.items():
+    setattr(cfg.model, name, size)
   cfg.model.dtype = resolve_dtype(cfg.model.dtype)
   return cfg
 

@@ -136,6 +136,17 @@ def test_stats_equal_numpy_over_all_frames(tmp_path):
     features.FeatureStats.of([])
 
 
+def test_damaged_stats_are_named(tmp_path):
+  path = tmp_path / 'stats.npz'
+  features.FeatureStats(np.zeros(80), np.ones(80)).save(path)
+  whole = path.read_bytes()
+  np.savez(tmp_path / 'other.npz', mean=np.zeros(80))
+  for content in (b'', b'text', whole[:-50], (tmp_path / 'other.npz').read_bytes()):
+    path.write_bytes(content)
+    with pytest.raises(types.DataError, match=f'{path} holds no feature statistics'):
+      features.FeatureStats.load(path)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_cache_holds_the_features(tmp_path, workers, capsys, monkeypatch):
   monkeypatch.setattr(features, '_SAMPLES_PER_WORKER', 1)

@@ -1,5 +1,6 @@
 """Order, round trips and errors of the tokenizer."""
 
+import json
 import pickle
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import tones
 
 from gatedfm.data import text, tokenizer
+from gatedfm.data.types import DataError
 
 LANGUAGES, TASKS = ('fra', 'rus'), ('asr', 'lid', 'st_eng')
 TEXTS = [
@@ -108,8 +110,13 @@ def test_bad_arguments(texts, languages, tasks, message):
     tokenizer.Tokenizer.train(texts, 70, languages, tasks)
 
 
-def test_other_files_are_refused(tmp_path):
-  for content in (b'{"a": 1}', b'[]', b'\xff\xfe', b'hello'):
+def test_other_and_damaged_files_are_refused(trained, tmp_path):
+  trained.save(tmp_path / 'whole')
+  whole = (tmp_path / 'whole').read_text()
+  model = json.loads(whole)['sentencepiece']
+  damaged = [whole[:-100], whole.replace(model, model[:-7]), whole.replace(model, model[400:])]
+  contents = [b'{"a": 1}', b'[]', b'\xff\xfe', b'hello', whole.replace('-1"', '-9"').encode()]
+  for content in [*contents, *(x.encode() for x in damaged)]:
     (tmp_path / 'file').write_bytes(content)
-    with pytest.raises(ValueError, match='not a tokenizer'):
+    with pytest.raises(DataError, match=f'{tmp_path}/file is not a tokenizer'):
       tokenizer.Tokenizer.load(tmp_path / 'file')

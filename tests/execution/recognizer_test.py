@@ -1,6 +1,7 @@
 """Cached greedy decoding against the plain way, both executions, and what is refused."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import pytest
 import tiny_run
 import tiny_speech
 
+from gatedfm.data.types import DataError
 from gatedfm.execution import ctc_prefix
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech import SpeechModel
 from gatedfm.nn import gating
+from gatedfm.trainers import config as config_lib
 from gatedfm.trainers import step
 
 LENGTHS = np.array([64, 50, 33, 64])
@@ -269,6 +272,15 @@ def test_loading_a_run(gated_run, tmp_path):
   assert loaded._ctc_weight == tiny_run.dense('').ctc_weight
   assert Recognizer.load(gated_run, 'skip', 0.9)._ctc_weight == 0.9
   with pytest.raises(ValueError, match='has no config.json; give the workdir of a training run'):
+    Recognizer.load(tmp_path)
+
+
+def test_assets_of_another_model_are_refused(assets, tone_data, tmp_path):
+  cfg = tiny_run.complete(tiny_run.dense(tone_data), assets)
+  cfg.model.tasks = 2
+  assets.save(tmp_path / 'assets')
+  (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(cfg)))
+  with pytest.raises(DataError, match=r'assets belongs to another.*tasks 3, model\.tasks is 2'):
     Recognizer.load(tmp_path)
 
 
