@@ -6,8 +6,6 @@ Example:
 Prints the mean scores; those of every language, and every output, go beside the checkpoint.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gatedfm import mains
@@ -29,12 +27,10 @@ def main(argv: list[str]) -> None:
   from gatedfm.evaluation import points
 
   with mains.clear_errors():
-    result = points.evaluate(
-      Path(_CHECKPOINT.value), _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value
-    )
-    name = Path(_CHECKPOINT.value).resolve().name
-    print(report.aligned(report.results({'points': {name: result}})))
-    print(f'{_CHECKPOINT.value}/evaluation_{_SPLIT.value}.json has the rest')
+    workdir = mains.folder(_CHECKPOINT.value)
+    result = points.evaluate(workdir, _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value)
+    print(report.aligned(report.results({'points': {workdir.resolve().name: result}})))
+    print(f'{workdir}/evaluation_{_SPLIT.value}.json has the rest')
 
 
 if __name__ == '__main__':

@@ -96,6 +96,11 @@ def several_hosts() -> bool:
   return several_tpu_hosts or 'JAX_COORDINATOR_ADDRESS' in os.environ
 
 
+def folder(value: str) -> Path:
+  """The path that a flag gives: no shell expands the `~` of `--workdir=~/runs`."""
+  return Path(value).expanduser()
+
+
 def set_up() -> None:
   """Joins several hosts where there are any, and keeps compiled programs between calls.
 

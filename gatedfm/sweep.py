@@ -6,8 +6,6 @@ Example:
 The same command resumes: what is trained, evaluated or prepared is not repeated.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -38,10 +36,11 @@ def main(argv: list[str]) -> None:
   from gatedfm.evaluation import sweep
 
   with mains.clear_errors():
+    workdir = mains.folder(_WORKDIR.value)
     if _ONLY.value:
-      sweep.train_point(mains.loaded(_CONFIG.value), Path(_WORKDIR.value), _ONLY.value)
+      sweep.train_point(mains.loaded(_CONFIG.value), workdir, _ONLY.value)
     else:
-      sweep.run(mains.loaded(_CONFIG.value), Path(_WORKDIR.value))
+      sweep.run(mains.loaded(_CONFIG.value), workdir)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
   from gatedfm.trainers import loop
 
   with mains.clear_errors():
-    loop.train(mains.loaded(_CONFIG.value), _WORKDIR.value)
+    loop.train(mains.loaded(_CONFIG.value), mains.folder(_WORKDIR.value))
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
   with mains.clear_errors():
     task = files.parse_task(_TASK.value)
     language = files.parse_language(_LANGUAGE.value)
-    recognizer = Recognizer.load(Path(_CHECKPOINT.value), 'skip', _CTC_WEIGHT.value)
+    recognizer = Recognizer.load(mains.folder(_CHECKPOINT.value), 'skip', _CTC_WEIGHT.value)
     files.check(recognizer, task, language, _CTC.value)
     say = functools.partial(print, file=sys.stderr, flush=True)  # the results are on stdout
     failed = 0

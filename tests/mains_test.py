@@ -135,6 +135,30 @@ def test_errors_are_one_line(arguments, message):
 
 
 @pytest.mark.parametrize(
+  'arguments',
+  [
+    ('evaluate', '--checkpoint=~/nothing'),
+    ('transcribe', '--checkpoint=~/nothing', 'a.wav'),
+    ('train', f'--config={CONFIGS}/tiny.py', '--workdir=~/a', '--config.init_from=~/nothing'),
+    ('data.fleurs', '--root=~/nothing', '--out=~/b', '--languages=fr_fr'),
+    ('data.europarl_st', '--root=~/nothing', '--out=~/b'),
+  ],
+  ids=lambda arguments: arguments[0],
+)
+def test_the_home_folder_may_be_written_short(arguments, tmp_path):
+  name, *arguments = arguments
+  result = run(f'gatedfm.{name}', *arguments, HOME=str(tmp_path))
+  assert result.stderr.startswith('error: ')
+  assert f'{tmp_path}/nothing' in result.stderr
+
+
+def test_a_workdir_may_be_written_short(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert mains.folder('~/runs/a') == tmp_path / 'runs' / 'a'
+  assert str(mains.folder('runs/a')) == 'runs/a'
+
+
+@pytest.mark.parametrize(
   'error', [DataError, ConfigError, CheckpointError, WorkdirError, FloatingPointError]
 )
 def test_foreseen_errors(error, monkeypatch, capsys):

@@ -77,9 +77,9 @@ def main(argv: list[str]) -> None:
   from gatedfm import mains  # not above: what only imports this module needs no commands
 
   mains.no_arguments(argv)
-  found = lines(Path(flags.FLAGS.root), flags.FLAGS.languages)
+  found = lines(mains.folder(flags.FLAGS.root), flags.FLAGS.languages)
   with mains.clear_errors():
-    count = manifest.write(Path(flags.FLAGS.out), found)
+    count = manifest.write(mains.folder(flags.FLAGS.out), found)
   print(f'{flags.FLAGS.out}: {count} utterances')
 
 

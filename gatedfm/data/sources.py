@@ -22,9 +22,9 @@ KNOWN = {
 }
 
 
-def default_data_dir() -> Path:
-  """$GATEDFM_DATA, or ~/.cache/gatedfm."""
-  return Path(os.environ.get('GATEDFM_DATA') or Path.home() / '.cache' / 'gatedfm')
+def data_folder(given: str = '') -> Path:
+  """Where data is prepared: what is given, else $GATEDFM_DATA, else ~/.cache/gatedfm."""
+  return Path(given or os.environ.get('GATEDFM_DATA') or '~/.cache/gatedfm').expanduser()
 
 
 def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = False) -> Source:
@@ -34,7 +34,7 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
     spec: a key of `KNOWN`, with options as in a URL: 'asterisk?max_items=100',
       'espeak:stamps?voices=2&languages=fra,spa', 'manifest:my.jsonl?max_seconds=20'.
     split: 'train', 'validation' or 'test'.
-    data_dir: the cache folder, `default_data_dir()` by default.
+    data_dir: the cache folder, `data_folder()` by default.
     skip_bad: leave out bad lines of a manifest instead of stopping there.
 
   Raises:
@@ -42,7 +42,7 @@ def load(spec: str, split: str, data_dir: Path | None = None, skip_bad: bool = F
   """
   splits.check_split(split)
   opener, options, path = parse(spec)
-  data_dir = Path(data_dir) if data_dir else default_data_dir()
+  data_dir = Path(data_dir) if data_dir else data_folder()
   if opener is _manifest:
     return _manifest(split, data_dir, Path(path).expanduser(), skip_bad, **options)
   return opener(split, data_dir, **options)

@@ -88,7 +88,7 @@ def evaluate(
   """
   path = workdir / f'evaluation_{split}.json'
   cfg = load_train_config(workdir)
-  folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
+  folder = sources.data_folder(data_dir or cfg.data_dir)
   key = {
     'step': checkpoints.latest_step(workdir),
     'split': split,
@@ -206,7 +206,7 @@ def summarize(
     quality_of[name] = evaluate(path, split, other, data_dir)
   baseline = next(iter(points))
   cfg = load_train_config(points[baseline])
-  folder = Path(data_dir or cfg.data_dir or sources.default_data_dir())
+  folder = sources.data_folder(data_dir or cfg.data_dir)
   utterances = timing_utterances(cfg, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
   recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}

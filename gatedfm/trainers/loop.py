@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -282,9 +283,10 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
                       'several points with python -m gatedfm.sweep')  # fmt: skip
   cfg.validate()
   workdir = Path(workdir)
+  cfg.init_from, cfg.continue_from = map(os.path.expanduser, (cfg.init_from, cfg.continue_from))
   for parent in filter(None, (cfg.init_from, cfg.continue_from)):
     checkpoints.load_config(Path(parent))
-  data_dir = Path(cfg.data_dir) if cfg.data_dir else sources.default_data_dir()
+  data_dir = sources.data_folder(cfg.data_dir)
   with _naming('mesh'):
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,15 @@ def test_manifest_by_path_with_options(tmp_path):
     sources.load(f'manifest:{path}?max_seconds=2', 'train', tmp_path, skip_bad=True)
 
 
+def test_where_data_is_prepared(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.delenv('GATEDFM_DATA', raising=False)
+  assert sources.data_folder() == tmp_path / '.cache' / 'gatedfm'
+  monkeypatch.setenv('GATEDFM_DATA', '/data')
+  assert str(sources.data_folder()) == '/data'
+  assert sources.data_folder('~/mine') == tmp_path / 'mine'
+
+
 CONTENT = b'a package'
 PACKAGE = fetch.DebianPackage('data', '1.0-1', hashlib.sha256(CONTENT).hexdigest(), megabytes=1)
 
