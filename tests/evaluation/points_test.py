@@ -146,7 +146,7 @@ def test_outputs_never_stand_beside_an_evaluation_of_others(
   monkeypatch.setattr(points.Recognizer, 'load', lambda *_: recognizer)
   monkeypatch.setattr(points.compiling, 'wait', lambda *_: None)
   monkeypatch.setattr(points.quality, 'decode_all', lambda *_: (gate_map, outputs(runs)))
-  write = points.log.write_atomically
+  write = points.atomic.write_text
 
   def killed(file, text):
     if file == path:
@@ -154,7 +154,7 @@ def test_outputs_never_stand_beside_an_evaluation_of_others(
     write(file, text)
 
   with monkeypatch.context() as patch:
-    patch.setattr(points.log, 'write_atomically', killed)
+    patch.setattr(points.atomic, 'write_text', killed)
     with pytest.raises(KeyboardInterrupt):
       evaluate()
   assert outputs(tmp_path) == outputs(runs)
