@@ -98,8 +98,8 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
     DataError: data to evaluate on that cannot be had; nothing is trained then.
     SystemExit: a training failed or was stopped; its own message says why.
   """
-  _open_data(check(cfg))
   start = time.perf_counter()
+  _open_data(check(cfg))
   workdir.mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(cfg.points):
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
