@@ -170,7 +170,7 @@ def test_gates_can_be_given(runs, tone_data, fast_compilation):
   cfg = points.load_train_config(runs / 'gated')
   assets = corpus.Assets.load(runs / 'gated' / 'assets')
   data = copy.deepcopy(cfg.data)
-  data.tasks = ('asr',)
+  data.tasks, data.loss_weights = ('asr',), ()
   split = corpus.open_split(data, assets, 'test', tone_data / 'cache')
   recognizer = Recognizer.load(runs / 'gated', 'mask')
   gate_map, rows = quality.decode_all(recognizer, split, all_open(cfg.model.sites()))

@@ -43,6 +43,7 @@ def test_a_parent_is_trained_before_its_children(tone_data):
 )
 def test_points_that_cannot_be_compared_are_refused(tone_data, section, field, value):
   cfg = tiny_run.sweep(tone_data)
+  cfg.points['gated'].data.loss_weights = ()
   setattr(getattr(cfg.points['gated'], section), field, value)
   with pytest.raises(ConfigError, match=rf'gated.{section}.{field} is .*, but that of dense is'):
     cfg.validate()
