@@ -9,7 +9,6 @@ import lzma
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import warnings
@@ -121,7 +120,7 @@ def unpack(deb: Path, folder: Path) -> None:
   try:
     with open(deb, 'rb') as file:
       name = _seek_files(file)
-      if name.endswith('.zst') and sys.version_info < (3, 14):
+      if name.endswith('.zst') and 'zst' not in tarfile.TarFile.OPEN_METH:
         raise FetchError(f'{deb} is packed with zstd: install dpkg-deb, or use Python 3.14')
       with tarfile.open(fileobj=file, mode='r|*') as archive:
         archive.extractall(folder, filter='data')

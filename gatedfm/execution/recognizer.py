@@ -262,13 +262,7 @@ class Recognizer:
     return self._programs.prepare(key, *args, length=length)
 
   def _arguments(
-    self,
-    features_BxTxM: np.ndarray,
-    frames_B: np.ndarray,
-    task: str,
-    languages: Sequence[str],
-    gates: Gates | None = None,
-    max_tokens: int = 0,
+    self, features_BxTxM, frames_B, task, languages, gates=None, max_tokens=0
   ) -> tuple[Hashable, tuple, int]:
     """Key, arrays and length of `_forward`'s program; arguments as of `__call__`."""
     t = self.tokenizer
