@@ -127,11 +127,11 @@ def assign(examples: Examples, shapes: Sequence[Shape]) -> np.ndarray:
 class EpochPlan:
   """The batches of every epoch, as a pure function of (seed, epoch).
 
-  Each epoch takes every example of a task of weight 1 once, of weight 2 twice, of weight
-  0.5 every second one at random. Batches hold one bucket each, in random order. What does
-  not fill a batch of its bucket moves up to the next; what does not fill the last batch
-  of the largest bucket is completed with examples drawn at random, so that batches are
-  always full and every epoch has the same number of them.
+  Each epoch takes every example of weight 1 (that of its task times that of its source) once,
+  of weight 2 twice, of weight 0.5 every second one at random. Batches hold one bucket each, in
+  random order. What does not fill a batch of its bucket moves up to the next; what does not
+  fill the last batch of the largest bucket is completed with examples drawn at random, so that
+  batches are always full and every epoch has the same number of them.
 
   Attributes:
     batches_per_epoch: a constant.
@@ -143,22 +143,28 @@ class EpochPlan:
     shapes: Sequence[Shape],
     task_weights: dict[int, float],
     seed: int,
+    source_weights: Sequence[float] = (),
   ):
-    """Plans over `examples`; `task_weights` by task id.
+    """Plans over `examples`; `task_weights` by task id, `source_weights` by number, () = 1.
 
     Raises:
       ValueError: weights that leave less than one example.
     """
     self._shapes = tuple(shapes)
     self._seed = seed
-    # Strata of one bucket and task: (examples, whole copies, how many once more).
+    kinds = [(examples.task == task, weight) for task, weight in task_weights.items()]
+    if source_weights:
+      kinds = [
+        (kind & (examples.source == s), weight * of_source)
+        for kind, weight in kinds
+        for s, of_source in enumerate(source_weights)
+      ]
+    # Strata of one bucket and kind: (examples, whole copies, how many once more).
     self._strata = [[] for _ in shapes]
     bucket = assign(examples, shapes)
-    for task, weight in task_weights.items():
+    for kind, weight in kinds:
       copies, fraction = divmod(weight, 1)
-      members = [
-        np.flatnonzero((bucket == b) & (examples.task == task)) for b in range(len(shapes))
-      ]
+      members = [np.flatnonzero((bucket == b) & kind) for b in range(len(shapes))]
       # Rounding the running sum keeps the total right and each share constant.
       shares = np.round(fraction * np.cumsum([0, *map(len, members)])).astype(int)
       for b, extra in enumerate(np.diff(shares)):
@@ -192,7 +198,7 @@ class EpochPlan:
       if b == len(self._shapes) - 1:
         everything = np.concatenate([*order, pool])
         if not len(everything):
-          raise ValueError('the task weights leave no example to train on')
+          raise ValueError('the weights of tasks and sources leave no example to train on')
         missing = -len(pool) % shape.batch
         pool = np.append(pool, np.resize(rng.permutation(everything), missing))
       full = len(pool) // shape.batch

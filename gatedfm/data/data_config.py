@@ -20,6 +20,8 @@ class DataConfig:
       tokenizer and feature statistics come from `sources` alone.
     tasks: 'asr', 'lid', 'st_xxx'.
     task_weights: times that an epoch sees each example of a task; () = once.
+    source_weights: the same for each of `sources`, then of `extra`; both weights multiply. A
+      large synthetic source at 0.2 gives each epoch another fifth of it.
     loss_weights: weight of each task's examples in the loss; () = 1. A language is one token and
       a transcript many, so that where gates choose what to give up, nats alone misprice them.
     batch_frames: B · T of a batch at most, over all hosts.
@@ -38,6 +40,7 @@ class DataConfig:
   extra: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ('asr', 'lid', 'st_eng')
   task_weights: tuple[float, ...] = ()
+  source_weights: tuple[float, ...] = ()
   loss_weights: tuple[float, ...] = ()
   batch_frames: int = 16_000
   batch_size: int = 0
@@ -61,12 +64,19 @@ class DataConfig:
       check_tasks(self.tasks)
     except ValueError as e:
       raise DataError(f'data.tasks: {e}') from None
-    for name in ('task_weights', 'loss_weights'):
+    tasks = f'tasks {" ".join(self.tasks)}', len(self.tasks)
+    given = (*self.sources, *self.extra)
+    origins = f'sources {" ".join(given)}', len(given)
+    for name, (what, number) in (
+      ('task_weights', tasks),
+      ('source_weights', origins),
+      ('loss_weights', tasks),
+    ):
       weights = getattr(self, name)
-      if weights and (len(weights) != len(self.tasks) or min(weights) < 0 or not any(weights)):
+      if weights and (len(weights) != number or min(weights) < 0 or not any(weights)):
         raise DataError(
-          f'data.{name} is {weights}; it must give each of the tasks {" ".join(self.tasks)} a '
-          'weight of at least 0, and not all of them 0'
+          f'data.{name} is {weights}; it must give each of the {what} a weight of at least 0, '
+          'and not all of them 0'
         )
     self._check_sizes()
 

@@ -241,21 +241,21 @@ def train_iterator(
   Args:
     examples: from `build_examples`.
     caches: the features of each source, in the order of the sources.
-    config: sound; `tasks`, `task_weights`, `seed`, `workers` are read.
+    config: sound; `tasks`, `task_weights`, `source_weights`, `seed`, `workers` are read.
     shapes: from `batch_shapes`.
     process_index: this host, of
     process_count: hosts; each reads its contiguous share of the rows of every batch.
 
   Raises:
-    ValueError: caches of other sources, hosts that do not divide the batches, or task weights
-      that leave no example.
+    ValueError: caches of other sources, hosts that do not divide the batches, or weights that
+      leave no example.
   """
   weights = config.task_weights or (1.0,) * len(config.tasks)
   _check_caches(examples, caches)
   for shape in shapes:
     _host_slice(shape.batch, process_index, process_count)
   by_id = {examples.tasks.index(task): w for task, w in zip(config.tasks, weights)}
-  plan = EpochPlan(examples, shapes, by_id, config.seed)
+  plan = EpochPlan(examples, shapes, by_id, config.seed, config.source_weights)
   batches = _TrainBatches(examples, caches, shapes, plan, process_index, process_count)
   return TrainIterator(batches, config.workers)
 

@@ -86,7 +86,9 @@ def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
   """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
   if not (workdir / checkpoints.CONFIG).exists():
     return
-  saved, mine = checkpoints.load_config(workdir), config_lib.to_dict(cfg)
+  # A field that is newer than the workdir had its default there.
+  before = config_lib.from_dict(TrainConfig, checkpoints.load_config(workdir))
+  saved, mine = config_lib.to_dict(before), config_lib.to_dict(cfg)
   if changed := config_lib.differences(saved, mine):
     raise WorkdirError(
       f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)

@@ -8,6 +8,7 @@ from gatedfm.data.types import DataError
 
 def test_sound_configurations():
   DataConfig().validate()
+  DataConfig(extra=('espeak',), source_weights=(1.0, 0.2)).validate()
   DataConfig(task_weights=(1.0, 0.0, 2), loss_weights=(0, 0, 1), bucket_frames=(8, 16)).validate()
 
 
@@ -25,6 +26,7 @@ def test_sound_configurations():
     ('tasks', 'asr', 'write a tuple'),
     ('task_weights', (1.0, 2.0), 'each of the tasks asr lid st_eng a weight'),
     ('task_weights', (1.0, 2.0, -1.0), 'at least 0'),
+    ('source_weights', (1.0, 0.2), 'each of the sources auto a weight'),
     ('loss_weights', (1.0,), 'each of the tasks asr lid st_eng a weight'),
     ('loss_weights', (0.0, 0.0, 0.0), 'not all of them 0'),
     ('num_buckets', 0, 'at least 1'),

@@ -101,6 +101,27 @@ def test_task_weights_set_how_often_an_epoch_sees_a_task(data):
   assert halves[0] != halves[1]
 
 
+def test_source_weights_multiply_with_those_of_tasks(data):
+  first = data.examples
+  two = dataclasses.replace(
+    first, source=np.where(np.arange(len(first)) % 3 == 0, 1, 0).astype(np.int32)
+  )
+  weights = {0: 1.0, 1: 2.0, 2: 0.0}
+  plan = batching.EpochPlan(two, data.shapes, weights, 0, (1.0, 0.25))
+  fill = data.shapes[-1].batch
+  epochs = []
+  for epoch in range(2):
+    start = epoch * plan.batches_per_epoch
+    rows = np.concatenate([plan[start + k][1] for k in range(plan.batches_per_epoch)])
+    for task, weight in weights.items():
+      for source, of_source in enumerate((1.0, 0.25)):
+        kind = (two.task == task) & (two.source == source)
+        got = int(np.isin(rows, np.flatnonzero(kind)).sum())
+        assert abs(got - weight * of_source * kind.sum()) <= fill
+    epochs.append(set(rows[two.source[rows] == 1]))
+  assert epochs[0] != epochs[1]
+
+
 def test_batches_follow_from_the_seed(data):
   batches = take(train(data), 30)
   assert_same(batches, take(train(data), 30))

@@ -15,6 +15,7 @@ import tiny_run
 
 from gatedfm.data import corpus, pipeline
 from gatedfm.trainers import checkpoints, log, loop
+from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.config import ConfigError
 
@@ -229,6 +230,16 @@ def test_the_workdir_of_another_configuration_is_refused(cfg, fake, dense_run, t
   assert 'Choose another --workdir' in message
   assert content(workdir) == before
   assert not fake.states
+
+
+def test_a_field_newer_than_the_workdir_had_its_default_there(cfg, tmp_path):
+  older = config_lib.to_dict(cfg)
+  del older['data']['source_weights']
+  (tmp_path / checkpoints.CONFIG).write_text(json.dumps(older))
+  loop._check_owner(cfg, tmp_path)
+  cfg.data.source_weights = (0.5,) * len(cfg.data.sources)
+  with pytest.raises(loop.WorkdirError, match=r'data\.source_weights: \[\] -> \[0\.5'):
+    loop._check_owner(cfg, tmp_path)
 
 
 def test_one_process_at_a_time_trains_in_a_workdir(cfg, fake, tmp_path, monkeypatch, capsys):
