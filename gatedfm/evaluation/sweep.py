@@ -123,7 +123,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
 def _open_data(cfg: SweepConfig) -> None:
   """Prepares what is evaluated on: better refused now than after hours of training."""
   first = next(iter(cfg.points.values()))
-  folder = Path(cfg.data_dir or first.data_dir or sources.default_data_dir())
+  folder = sources.data_folder(cfg.data_dir or first.data_dir)
   corpus.open_sources(first.data, cfg.split, folder, first.skip_bad)
   if cfg.other:
     sources.load(cfg.other, 'test', folder)

@@ -66,6 +66,18 @@ def test_data_to_evaluate_on_is_opened_before_training(tone_data, tmp_path, trai
     sweep.run(cfg, tmp_path)
 
 
+def test_without_a_folder_of_its_own_data_is_where_the_environment_says(
+  tone_data, tmp_path, training, monkeypatch
+):
+  training('raise SystemExit("trains")')
+  cfg = tiny_run.sweep(tone_data)
+  monkeypatch.setenv('GATEDFM_DATA', cfg.points['dense'].data_dir)
+  for point in cfg.points.values():
+    point.data_dir = ''
+  with pytest.raises(SystemExit):
+    sweep.run(cfg, tmp_path)
+
+
 @pytest.mark.parametrize(
   ('script', 'code'),
   [('raise SystemExit(3)', 3), ('import os; os.kill(os.getpid(), 9)', 128 + signal.SIGKILL)],
