@@ -37,7 +37,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = None
   """A data x fsdp x model mesh; one axis may be -1, taking the devices that are left.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `model` spans hosts.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, model]
@@ -50,7 +50,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = None
       'their product must equal the device count (one may be -1)'
     )
   # Linen's logical constraints need Auto axes; jax.make_mesh would default to Explicit.
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  mesh = jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  _check_hosts(mesh.devices)
+  return mesh
+
+
+def _check_hosts(devices: np.ndarray) -> None:
+  """Raises ValueError where hosts would have to read the same rows of a batch.
+
+  Each reads a share of its own, so two of them in one row of the mesh would silently hold
+  different data as if they were the same.
+  """
+  for row in devices.reshape(-1, devices.shape[-1]):
+    if len({d.process_index for d in row}) > 1:
+      raise ValueError(
+        f'mesh model={devices.shape[-1]} spans hosts, which read different rows of a batch; '
+        'choose one that divides the devices of a host'
+      )
 
 
 @contextlib.contextmanager

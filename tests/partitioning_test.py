@@ -1,5 +1,7 @@
 """Eight devices compute what one computes, and the arrays really are spread over them."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,14 @@ def init(cfg):
 def test_mesh(sizes, shape):
   mesh = partitioning.make_mesh(**sizes)
   assert tuple(mesh.shape[a] for a in partitioning.MESH_AXES) == shape
+
+
+@pytest.mark.parametrize(('hosts', 'model'), [([0, 0, 1, 1], 4), ([0, 1], 2), ([0, 1, 0, 1], 2)])
+def test_a_model_axis_over_hosts_is_refused(hosts, model):
+  devices = np.array([types.SimpleNamespace(process_index=i) for i in hosts])
+  partitioning._check_hosts(devices.reshape(-1, 1, 1))
+  with pytest.raises(ValueError, match=f'mesh model={model} spans hosts'):
+    partitioning._check_hosts(devices.reshape(-1, 1, model))
 
 
 def test_mesh_of_some_devices():
