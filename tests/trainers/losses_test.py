@@ -57,6 +57,15 @@ def test_ctc_leaves_out_what_cannot_be_aligned_or_has_no_transcript(labels, fram
   assert not gradient.any()
 
 
+def test_a_long_utterance_of_an_untrained_model_counts():
+  frames, v = 2000, 1000
+  labels_1xU = jnp.arange(1, 6)[None]
+  loss_1 = losses.ctc_loss(
+    jnp.zeros((1, frames, v)), jnp.array([frames]), labels_1xU, jnp.array([5])
+  )
+  assert 1.3e4 < loss_1[0] < frames * np.log(v)
+
+
 def test_ctc_ignores_what_lies_beyond_the_frames():
   logits_SxV = jax.random.normal(jax.random.key(2), (5, 3))
   _, gradient = ctc(logits_SxV, 3, (1, 2))
