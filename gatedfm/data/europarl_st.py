@@ -79,7 +79,9 @@ def _segments(folder: Path, source: str) -> Iterator[tuple[str, str, str, str, s
   columns = []
   for name in names:
     try:
-      columns.append((folder / name).read_text(encoding='utf-8').splitlines())
+      # Not splitlines, which breaks a text at Unicode's separators too.
+      with open(folder / name, encoding='utf-8', newline='\n') as file:
+        columns.append(list(file))
     except OSError as error:
       raise DataError(f'{error}: is the corpus unpacked whole?') from error
   if len(set(map(len, columns))) != 1:

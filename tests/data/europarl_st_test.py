@@ -104,5 +104,13 @@ def test_missing_directions_and_torn_files_are_named(root):
     list(europarl_st.lines(root, ['de'], ['en']))
 
 
+def test_a_line_ends_at_its_newline_alone(root):
+  for name in ('segments.de', 'segments.en'):
+    path = root / 'de/en/dev' / name
+    path.write_text(path.read_text()[:-1] + '\u2028so\x85on.\r\n', newline='')
+  texts = [line['text'] for line in europarl_st.lines(root, ['de'], ['en'])]
+  assert 'Ja.\u2028so\x85on.' in texts
+
+
 def test_lines_are_json(root):
   json.dumps(list(europarl_st.lines(root, ['de'], ['en'])))
