@@ -141,7 +141,8 @@ def _parse(line: str, max_chars: int) -> dict[str, Any]:
   """The checked fields of a line; translations become one mapping, tasks a tuple."""
   try:
     fields = json.loads(line)
-  except json.JSONDecodeError as error:
+    json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text
+  except ValueError as error:
     raise DataError(f'bad JSON: {error}') from error
   if not isinstance(fields, dict):
     raise DataError(f'not a JSON object: {line.strip()[:40]}')
@@ -263,7 +264,7 @@ def _probe_all(paths: Iterable[str], data_dir: Path) -> dict[str, audio_io.Probe
 def _stamp(path: str) -> list[int]:
   try:
     stat = os.stat(path)
-  except OSError:
+  except (OSError, ValueError):  # the latter of a path that no file can have
     return []
   return [stat.st_mtime_ns, stat.st_size]
 

@@ -39,6 +39,7 @@ def write(folder, *lines):
 
 BAD = [
   ('{"audio": ', 'bad JSON'),
+  (GOOD | {'text': '\ud83d'}, 'surrogates not allowed'),
   ('[1, 2]', 'not a JSON object'),
   (GOOD | {'texts': 'x'}, "unknown field 'texts': did you mean 'text'?"),
   (GOOD | {'colour': 'x'}, "unknown field 'colour': known are audio, language, text"),
@@ -71,6 +72,7 @@ BAD = [
   (GOOD | {'end': 3}, "'end' is 3 s but"),
   (GOOD | {'start': 0.5, 'end': 0.55}, 'too short: 0.05 s'),
   (GOOD | {'audio': 'gone.wav'}, 'missing file'),
+  (GOOD | {'audio': 'a\0.wav'}, 'missing file'),
   (GOOD | {'audio': 'empty.wav'}, 'empty file'),
   (GOOD | {'audio': 'text.wav'}, 'undecodable audio'),
   (GOOD | {'audio': 'cut.flac'}, 'truncated'),
