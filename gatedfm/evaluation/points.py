@@ -58,7 +58,7 @@ def _splits(
   if other:
     if 'lid' not in cfg.data.tasks:
       raise ConfigError(f'{cfg.name or "the model"} does not identify languages: drop {other}')
-    data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',), loss_weights=())
+    data = dataclasses.replace(data, sources=(other,), extra=(), tasks=('lid',))
     out['other'] = corpus.open_split(data, assets, 'test', data_dir, say=say)
   # One set of shapes, and so of programs, for both.
   shapes = pipeline.batch_shapes([s.examples for s in out.values()], data)
@@ -160,18 +160,24 @@ def _costs(cfg: config_lib.TrainConfig, gate_map: quality.GateMap, split: corpus
 
 
 def timing_utterances(
-  cfg: config_lib.TrainConfig, data_dir: Path, split: str, number: int, longest: int
+  cfg: config_lib.TrainConfig,
+  languages: Sequence[str],
+  data_dir: Path,
+  split: str,
+  number: int,
+  longest: int,
 ) -> list[timing.Utterance]:
-  """`number` utterances of each task, evenly over the split, none longer than `longest` frames.
+  """`number` utterances of each source and task, evenly over the split, of known languages.
 
-  Where all are longer, the shortest.
+  None is longer than `longest` frames; where all are longer, the shortest.
   """
   out = []
   for source in corpus.open_sources(cfg.data, split, data_dir, cfg.skip_bad):
     frames = np.array([features.num_frames(r.num_samples) for r in source.records])
-    rows = np.flatnonzero(frames <= longest)
+    known = np.flatnonzero([r.language in languages for r in source.records])
+    rows = known[frames[known] <= longest]
     if not len(rows):
-      rows = np.argsort(frames, kind='stable')[:number]
+      rows = known[np.argsort(frames[known], kind='stable')[:number]]
     picked = [rows[j] for j in np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)]
     out += [
       timing.Utterance(source.audio(i), source.records[i].language, task)
@@ -207,7 +213,8 @@ def summarize(
   baseline = next(iter(points))
   cfg = load_train_config(points[baseline])
   folder = sources.data_folder(data_dir or cfg.data_dir)
-  utterances = timing_utterances(cfg, folder, split, number, longest)
+  languages = corpus.Assets.load(points[baseline] / corpus.ASSETS).tokenizer.languages
+  utterances = timing_utterances(cfg, languages, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
   recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
   times = timing.side_by_side(recognizers, utterances, rounds)

@@ -193,6 +193,14 @@ def test_splits_that_a_source_lacks_are_not_counted(tone_data, tmp_path):
   }
 
 
+def test_utterances_of_languages_that_no_model_knows_are_not_timed(tone_data):
+  cfg = tiny_run.dense(tone_data)
+  for longest in (64, 1):  # some are as short; none is
+    picked = points.timing_utterances(cfg, ('fra',), Path(cfg.data_dir), 'test', 2, longest)
+    assert [u.task for u in picked] == [task for task in TASKS for _ in range(2)]
+    assert {u.language for u in picked} == {'fra'}
+
+
 def test_the_headline_is_the_fastest_gated_point_that_is_no_worse():
   def row(time_ratio, low, gated=True):
     cer = {'value': low + 0.01, 'low': low, 'high': low + 0.02}
