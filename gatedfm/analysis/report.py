@@ -310,7 +310,7 @@ def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
 def main(argv: list[str]) -> None:
   """Writes the report, and the figures where a folder for them is named."""
   mains.no_arguments(argv)
-  path = Path(flags.FLAGS.summary)
+  path = mains.folder(flags.FLAGS.summary)
   try:
     summary = load(path)
   except (OSError, ValueError) as e:
@@ -319,12 +319,12 @@ def main(argv: list[str]) -> None:
     for title, rows in [('Results', results(summary)), *_details(summary)]:
       print(f'### {title}\n\n{markdown(rows)}\n')
     return
-  out = Path(flags.FLAGS.out or path.with_name('report.html'))
+  out = mains.folder(flags.FLAGS.out or str(path.with_name('report.html')))
   write_report(path, out)
   if flags.FLAGS.figures:
     for name, figure in make_figures(summary, path.parent).items():
       for suffix in ('svg', 'png'):
-        plots.save(figure, Path(flags.FLAGS.figures) / f'{name}.{suffix}')
+        plots.save(figure, mains.folder(flags.FLAGS.figures) / f'{name}.{suffix}')
   print(table(summary))
   print(f'\n{out}')
 
