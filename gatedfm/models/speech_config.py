@@ -56,17 +56,24 @@ class GateConfig:
   threshold: float = 0.5
 
   def validate(self) -> None:
+    """Raises ConfigError, naming the field and the mend, for anything that cannot be built."""
+    for name in ('context', 'stacks', 'hidden'):
+      value = getattr(self, name)
+      if not isinstance(value, tuple | list):
+        raise ConfigError(f'model.gates.{name} is {value!r}; write a tuple: ({value!r},)')
     for name in self.context:
-      choice('gates.context', name, CONTEXTS)
+      choice('model.gates.context', name, CONTEXTS)
     for name in self.stacks:
-      choice('gates.stacks', name, ('encoder', 'decoder'))
+      choice('model.gates.stacks', name, ('encoder', 'decoder'))
     if self.enabled and not self.stacks:
-      raise ConfigError('gates.stacks is empty; name encoder, decoder or both')
-    choice('gates.combine', self.combine, ('concat', 'add'))
-    choice('gates.scope', self.scope, ('global', 'layer'))
-    choice('gates.decoder_reads', self.decoder_reads, ('memory', 'subsampled'))
+      raise ConfigError('model.gates.stacks is empty; name encoder, decoder or both')
+    choice('model.gates.combine', self.combine, ('concat', 'add'))
+    choice('model.gates.scope', self.scope, ('global', 'layer'))
+    choice('model.gates.decoder_reads', self.decoder_reads, ('memory', 'subsampled'))
+    if self.features < 1 or min(self.hidden, default=1) < 1:
+      raise ConfigError('model.gates.features and widths of model.gates.hidden must be positive')
     if not 0 < self.threshold < 1:
-      raise ConfigError(f'gates.threshold is {self.threshold}; it is a probability in (0, 1)')
+      raise ConfigError(f'model.gates.threshold is {self.threshold}; it is a probability in (0, 1)')
 
 
 @dataclasses.dataclass(slots=True)
@@ -120,11 +127,11 @@ class SpeechConfig:
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, for anything that cannot be built."""
-    choice('encoder', self.encoder, tuple(ENCODER_MODULES))
-    choice('dtype', self.dtype, ('auto', 'float32', 'bfloat16'))
-    choice('activation_dtype', self.activation_dtype, ('float32', 'bfloat16'))
-    choice('remat', self.remat, ('none', 'full', 'dots'))
-    choice('execution', self.execution, gating.EXECUTIONS)
+    choice('model.encoder', self.encoder, tuple(ENCODER_MODULES))
+    choice('model.dtype', self.dtype, ('auto', 'float32', 'bfloat16'))
+    choice('model.activation_dtype', self.activation_dtype, ('float32', 'bfloat16'))
+    choice('model.remat', self.remat, ('none', 'full', 'dots'))
+    choice('model.execution', self.execution, gating.EXECUTIONS)
     for name in (
       'd',
       'heads',

@@ -142,6 +142,10 @@ class TrainConfig:
     self.model.validate()
     if self.model.mels != N_MELS:
       raise ConfigError(f'model.mels is {self.model.mels}, but features have {N_MELS}')
+    if self.model.gates.enabled and self.model.execution != 'mask':
+      raise ConfigError(
+        f'model.execution is {self.model.execution}, but gates are trained by utterance: leave mask'
+      )
     self.data.validate()
     self.optimizer.validate()
     self.sparsity.validate()

@@ -10,7 +10,7 @@ from gatedfm.models.speech_config import CONTEXTS, ConfigError, GateConfig, Spee
 @pytest.mark.parametrize(
   ('changes', 'named'),
   [
-    ({'encoder': 'conformer'}, "encoder is 'conformer'; choose one of e_branchformer"),
+    ({'encoder': 'conformer'}, "model.encoder is 'conformer'; choose one of e_branchformer"),
     ({'dtype': 'float16'}, 'dtype'),
     ({'activation_dtype': 'auto'}, 'activation_dtype'),
     ({'remat': 'some'}, 'remat'),
@@ -29,7 +29,11 @@ from gatedfm.models.speech_config import CONTEXTS, ConfigError, GateConfig, Spee
     ({'gates': GateConfig(combine='multiply')}, 'gates.combine'),
     ({'gates': GateConfig(scope='module')}, 'gates.scope'),
     ({'gates': GateConfig(decoder_reads='tokens')}, 'gates.decoder_reads'),
-    ({'gates': GateConfig(threshold=1.0)}, 'gates.threshold'),
+    ({'gates': GateConfig(threshold=1.0)}, 'model.gates.threshold'),
+    ({'gates': GateConfig(context='speech')}, r"model.gates.context is .* tuple: \('speech',\)"),
+    ({'gates': GateConfig(hidden=32)}, r'model.gates.hidden is 32; write a tuple: \(32,\)'),
+    ({'gates': GateConfig(hidden=(32, 0))}, 'widths of model.gates.hidden'),
+    ({'gates': GateConfig(features=0)}, 'model.gates.features'),
   ],
 )
 def test_what_cannot_be_built_is_named(changes, named):

@@ -124,6 +124,14 @@ def test_impossible_values_name_their_field(path, value, message):
     changed(path, value).validate()
 
 
+def test_gates_are_trained_by_masks():
+  cfg = changed('model.execution', 'skip')
+  cfg.validate()
+  cfg.model.gates.enabled = True
+  with pytest.raises(ConfigError, match=r'model\.execution is skip'):
+    cfg.validate()
+
+
 def test_impossible_data_is_refused_with_the_rest():
   with pytest.raises(DataError, match=r'data\.num_buckets is 0'):
     changed('data.num_buckets', 0).validate()
