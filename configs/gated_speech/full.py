@@ -56,7 +56,7 @@ def get_config() -> SweepConfig:
   for target in (0.3, 0.5, 0.7):
     add(f'encoder_{target}', target).model.gates.stacks = ('encoder',)
     add(f'decoder_{target}', target).model.gates.stacks = ('decoder',)
-  for seed in (1, 2):  # of the gates and of the order of the data, on the same dense model
+  for seed in (1, 2):  # of the gates and the augmentation; dense model and order stay the same
     add(f'both_0.5_seed{seed}', 0.5, seed)
   return SweepConfig(
     points=points,

@@ -236,7 +236,8 @@ def train_iterator(
   zero-padded), frames i32 [B], decoder_input i32 [B, L] (<sos> first, zero-padded),
   decoder_target i32 [B, L] (-1 = ignored), ctc_labels i32 [B, U] (zero-padded),
   ctc_length i32 [B] (0 = not for CTC), language i32 [B] and task i32 [B] (context ids),
-  index i64 [B] (number of the example), valid bool [B] (all true here).
+  weight f32 [B] (of the example's loss), index i64 [B] (number of the example), valid bool [B]
+  (all true here).
 
   Args:
     examples: from `build_examples`.

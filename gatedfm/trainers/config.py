@@ -99,7 +99,7 @@ class TrainConfig:
 
   Attributes:
     name: shown in logs and reports.
-    seed: of parameters, order, dropout and gates.
+    seed: of parameters, augmentation, dropout and gates; that of the order is `data.seed`.
     steps: optimizer steps.
     vocab: SentencePiece vocabulary, symbols included.
     ctc_weight, smoothing: of the hybrid loss.
@@ -108,6 +108,7 @@ class TrainConfig:
     log_every, eval_every, checkpoint_every: in steps; keep: checkpoints kept.
     data_dir: where data is prepared; '' is `$GATEDFM_DATA` or the user's cache.
     skip_bad: leave bad manifest lines out instead of stopping.
+    tensorboard: whether to write events beside `metrics.jsonl`.
   """
 
   name: str = ''

@@ -74,7 +74,7 @@ class Log:
 
 
 class Clock:
-  """Seconds trained, evaluation and compilation apart, and the time that is left."""
+  """Seconds that a workdir has taken, and the time that is left at the pace of its steps."""
 
   def __init__(self, step: int, steps: int, seconds: float):
     self._first, self._steps, self._before = step, steps, seconds
