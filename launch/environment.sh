@@ -27,7 +27,7 @@ allocator() {
 }
 
 install() {
-  local python="${GATEDFM_PYTHON:-python3}" file stamp
+  local python="${GATEDFM_PYTHON:-python3}" file stamp sum
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "gatedfm needs Python 3.11 or newer; set GATEDFM_PYTHON to one" >&2
     exit 1
@@ -44,11 +44,12 @@ install() {
     fi
   fi
   for file in "$@"; do
-    stamp=".venv/installed-$(sha256sum "$file" | cut -c1-16)"
-    if [ ! -e "$stamp" ]; then
+    # One stamp per file, not per content: pins that go back, as a checkout does, count as others.
+    stamp=".venv/installed-$(basename "$file")" sum=$(sha256sum <"$file")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$sum" ]; then
       echo "installing $file into .venv"
       .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file"
-      touch "$stamp"
+      echo "$sum" >"$stamp"
     fi
   done
   allocator

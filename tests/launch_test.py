@@ -19,20 +19,24 @@ fi
 
 @pytest.fixture
 def install(tmp_path):
-  """Calls `install` of a copy of the script; returns how many environments it has made by then."""
+  """Calls `install` of a copy of the script; returns how many environments it has made by then.
+
+  With `count` returns how often that stands in what it says.
+  """
   (tmp_path / 'launch').mkdir()
   shutil.copy(ROOT / 'launch' / 'environment.sh', tmp_path / 'launch')
   python, log = tmp_path / 'python', tmp_path / 'log'
   python.write_text(PYTHON)
   python.chmod(0o755)
 
-  def call():
-    commands = '. launch/environment.sh; allocator() { :; }; install'
+  def call(*files, count=''):
+    commands = '. launch/environment.sh; allocator() { :; }; install "$@"'
     environment = os.environ | {'GATEDFM_PYTHON': str(python), 'LOG': str(log)}
-    subprocess.run(
-      ['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=environment, check=True
-    )
-    return len(log.read_text().splitlines())
+    out = subprocess.run(
+      ['bash', '-euo', 'pipefail', '-c', commands, 'bash', *files],
+      cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+    return out.count(count) if count else len(log.read_text().splitlines())
 
   return call
 
@@ -40,6 +44,14 @@ def install(tmp_path):
 def test_an_environment_is_made_once(install):
   assert install() == 1
   assert install() == 1
+
+
+def test_pins_that_go_back_are_installed_again(install, tmp_path):
+  def installs(pins):
+    (tmp_path / 'pins.txt').write_text(pins)
+    return install('pins.txt', count='installing pins.txt')
+
+  assert [installs(p) for p in ('a==1', 'a==1', 'a==2', 'a==1')] == [1, 0, 1, 1]
 
 
 def test_an_environment_without_pip_is_made_anew(install, tmp_path):
