@@ -132,9 +132,13 @@ def clear_errors() -> Iterator[None]:
   from gatedfm.trainers.checkpoints import CheckpointError
   from gatedfm.trainers.loop import WorkdirError
 
+  # A folder that a flag or a variable names and that cannot be made or written to.
+  folders = (PermissionError, FileExistsError, NotADirectoryError)
   try:
     yield
-  except (DataError, ConfigError, CheckpointError, WorkdirError, FloatingPointError) as e:
+  except (
+    DataError, ConfigError, CheckpointError, WorkdirError, FloatingPointError, *folders
+  ) as e:  # fmt: skip
     if os.environ.get('GATEDFM_TRACEBACK'):
       raise
     print(f'error: {e}', file=sys.stderr)

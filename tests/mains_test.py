@@ -121,6 +121,7 @@ TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')
   [
     ((*TRANSCRIBE, '--task=sing'), 'is not asr, lid or st:LANGUAGE'),
     ((*TRANSCRIBE, '--task=asr'), 'has no config.json'),
+    (('train', f'--config={CONFIGS}/tiny.py', '--workdir=README.md'), "File exists: 'README.md'"),
     (('data.europarl_st', '--root=nowhere', '--out=b'), 'no de/TARGET of en, de, fr, it below'),
     (('data.fleurs', '--root=nowhere', '--out=b', '--languages=fr_fr'), 'corpus unpacked whole?'),
   ],
