@@ -31,26 +31,42 @@ class Programs:
 
   Lowering traces Python code under the caller's mesh and stays in the caller's thread;
   compiling goes to a pool that all functions share, first come, first served.
+
+  Args:
+    function: jitted.
+    limit: programs kept, 0 for all; beyond it the one not used for longest is dropped.
   """
 
-  def __init__(self, function: Callable[..., Any]):
-    self._function = function
+  def __init__(self, function: Callable[..., Any], limit: int = 0):
+    self._function, self._limit = function, limit
     self._programs: dict[Hashable, futures.Future] = {}
 
   def prepare(self, key: Hashable, *args: Any, **static: Any) -> futures.Future:
     """Starts compiling for these arguments (arrays or `ShapeDtypeStruct`s) unless that is done."""
-    if key not in self._programs:
+    # A dictionary keeps the order of insertion: the first is the one not used for longest.
+    program = self._programs.pop(key, None)
+    if program is None:
       lowered = self._function.lower(*args, **static)
-      self._programs[key] = _pool().submit(lowered.compile)
-    return self._programs[key]
+      program = _pool().submit(lowered.compile)
+      if self._limit and len(self._programs) >= self._limit:
+        del self._programs[next(iter(self._programs))]
+    self._programs[key] = program
+    return program
 
   def __call__(self, key: Hashable, *args: Any, **static: Any) -> Any:
     """Runs the program of `key`, waiting for it or compiling it where need be."""
     return self.prepare(key, *args, **static).result()(*args)
 
-  def executables(self) -> list[Any]:
-    """All executables so far, for their memory analysis; waits for them."""
-    return [p.result() for p in self._programs.values()]
+  def __len__(self) -> int:
+    return len(self._programs)
+
+  def peak_bytes(self) -> int:
+    """Memory of the largest program: parameters, inputs, outputs, temporaries; waits for all."""
+    stats = [p.result().memory_analysis() for p in self._programs.values()]
+    return max(
+      (m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes for m in stats),
+      default=0,
+    )
 
 
 def wait(programs: Sequence[futures.Future], tell: Callable[[str], None]) -> None:

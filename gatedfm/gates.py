@@ -74,12 +74,13 @@ class Gates:
   """Gate values by site name: 1 open, 0 closed, anything between in training.
 
   Each value is a scalar (one gate for the whole site), `[N]` (per layer) or `[N, B]` (per
-  layer and example); sites with several units a layer carry a trailing `[..., U]`.
+  layer and example); sites with several units a layer carry a trailing `[..., U]`. A tuple of
+  N bools is a site whose gates are known on the host while a program is made (`Pattern.fixed`).
   """
 
-  values: dict[str, jax.Array]
+  values: dict[str, jax.Array | tuple[bool, ...]]
 
-  def __getitem__(self, name: str) -> jax.Array:
+  def __getitem__(self, name: str) -> jax.Array | tuple[bool, ...]:
     return self.values[name]
 
   def stack(self, stack: str, sites: Sequence[Site]) -> dict[str, jax.Array]:
@@ -90,6 +91,9 @@ class Gates:
     out = {}
     for site in sites:
       if site.stack == stack:
+        if isinstance(self.values[site.name], tuple):
+          out[site.module] = self.values[site.name]
+          continue
         g = jnp.asarray(self.values[site.name])
         shared = g.ndim == (site.units > 1) or g.ndim == 0
         out[site.module] = jnp.broadcast_to(g, (site.layers, *g.shape)) if shared else g
@@ -104,14 +108,14 @@ def validate(gates: Gates, sites: Sequence[Site]) -> None:
   if unknown := sorted(set(gates.values) - set(names)):
     raise ValueError(f'gates for unknown sites {unknown}; the model has {names}')
   for site in sites:
-    shape = jnp.shape(gates[site.name])
+    shape = given = np.shape(gates[site.name])
     if site.units > 1 and shape:
       if shape[-1] != site.units:
         raise ValueError(f'gates of {site.name}: last axis of {shape} is not {site.units} units')
       shape = shape[:-1]
     if len(shape) > 2 or (shape and shape[0] != site.layers):
       raise ValueError(
-        f'gates of {site.name} have shape {jnp.shape(gates[site.name])}; '
+        f'gates of {site.name} have shape {given}; '
         f'expected (), ({site.layers},) or ({site.layers}, batch) and one axis for several units'
       )
 
@@ -119,6 +123,17 @@ def validate(gates: Gates, sites: Sequence[Site]) -> None:
 def all_open(sites: Sequence[Site]) -> Gates:
   """Gates with everything open: the dense model."""
   return Gates({s.name: jnp.ones((s.layers, s.units) if s.units > 1 else s.layers) for s in sites})
+
+
+def completed(gates: Gates, sites: Sequence[Site]) -> Gates:
+  """The gates of all `sites`: open where `gates` does not name one.
+
+  Raises:
+    ValueError: a site that is none of `sites`, or gates that do not fit; it is named.
+  """
+  whole = Gates({s.name: jnp.ones(()) for s in sites} | dict(gates.values))
+  validate(whole, sites)
+  return whole
 
 
 def sparsity(
@@ -164,6 +179,14 @@ class Pattern:
     """The same pattern as `[N]` float arrays."""
     return Gates({n: jnp.asarray(bits, jnp.float32) for n, bits in self.sites})
 
+  def fixed(self) -> Gates:
+    """The same pattern as tuples of bools: a program made with them holds what is open alone."""
+    return Gates(dict(self.sites))
+
+  def stack(self, stack: str) -> Pattern:
+    """The part of one stack."""
+    return Pattern(tuple(row for row in self.sites if row[0].split('/', 1)[0] == stack))
+
   @property
   def open_fraction(self) -> float:
     bits = [b for _, row in self.sites for b in row]
@@ -176,10 +199,10 @@ def pattern(
   """The pattern of concrete whole-module gates: open where the value exceeds `threshold`.
 
   Args:
-    gates: concrete values, `()`, `[N]` or, with `example` given, `[N, B]`.
+    gates: concrete values, `()`, `[N]` or `[N, B]`.
     sites: order of the pattern's rows.
     threshold: gate value above which a module runs.
-    example: which example of a batch.
+    example: which example of a batch; None where all have the same gates.
 
   Raises:
     ValueError: gates differ by example and `example` is None, or a site has several units.
@@ -190,9 +213,11 @@ def pattern(
       raise ValueError(f'patterns hold whole modules; {site.name} has {site.units} units a layer')
     g = np.asarray(gates[site.name])
     if g.ndim == 2:
-      if example is None:
-        raise ValueError(f'gates of {site.name} differ by example; say which one')
-      g = g[:, example]
+      if example is None and (g != g[:, :1]).any():
+        raise ValueError(
+          f'gates of {site.name} differ by example: name one, or take utterances of one pattern'
+        )
+      g = g[:, example or 0]
     rows.append((site.name, tuple((np.broadcast_to(g, site.layers) > threshold).tolist())))
   return Pattern(tuple(rows))
 

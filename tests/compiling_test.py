@@ -35,8 +35,19 @@ def test_each_key_is_compiled_once():
   assert programs.prepare('a', jnp.zeros(2), n=3) is first
   assert programs('a', jnp.ones(2), n=3).tolist() == [3, 3]
   assert programs('b', jnp.ones(3), n=2).tolist() == [2, 2, 2]
-  assert len(programs.executables()) == 2
-  assert programs.executables()[0] is first.result()
+  assert len(programs) == 2
+  assert programs.prepare('a') is first
+  assert programs.peak_bytes() >= 24
+
+
+def test_the_program_not_used_for_longest_goes():
+  programs = compiling.Programs(jax.jit(lambda x: 2 * x), limit=2)
+  a, b = programs.prepare('a', 1), programs.prepare('b', 2)
+  assert programs('a', 3) == 6
+  programs('c', 3)
+  assert len(programs) == 2
+  assert programs.prepare('a', 1) is a
+  assert programs.prepare('b', 2) is not b
 
 
 def test_compiling_does_not_wait_for_compiling():

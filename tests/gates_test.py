@@ -161,7 +161,8 @@ def test_pattern_thresholds_broadcasts_and_picks_an_example():
 def test_pattern_refuses_what_it_cannot_hold():
   sites = [Site('a/b', 2)]
   with pytest.raises(ValueError, match=r'a/b differ by example'):
-    gates_lib.pattern(Gates({'a/b': jnp.ones((2, 3))}), sites)
+    gates_lib.pattern(Gates({'a/b': jnp.array([[1, 1], [1, 0]])}), sites)
+  assert str(gates_lib.pattern(Gates({'a/b': jnp.ones((2, 3))}), sites)) == 'a/b:11'
   with pytest.raises(ValueError, match=HEADS.name):
     gates_lib.pattern(gates_lib.all_open([HEADS]), [HEADS])
 

@@ -107,7 +107,7 @@ def evaluate(
   opened = _splits(cfg, assets, split, other, folder)
   shapes = opened['same'].shapes
   say(f'compiling: {len(shapes)} programs, {compiling.workers()} at a time')
-  compiling.wait([recognizer.prepare(s.batch, s.frames) for s in shapes], say)
+  compiling.wait([p for s in shapes for p in recognizer.prepare(s.batch, s.frames)], say)
   gate_map, outputs = quality.decode_all(recognizer, opened['same'])
   counts = quality.counts(outputs)
   result = {name: c.scores() for name, c in counts.items() if name != 'lid'}

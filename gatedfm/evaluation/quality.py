@@ -11,7 +11,8 @@ import numpy as np
 from gatedfm import metrics
 from gatedfm.data import pipeline, text
 from gatedfm.data.corpus import Split
-from gatedfm.execution.recognizer import Decoded, Recognizer
+from gatedfm.execution.decoding import Decoded
+from gatedfm.execution.recognizer import Recognizer
 
 
 def decode_split(

@@ -60,7 +60,7 @@ def side_by_side(
   by_length = {recognizer_lib.bucket(int(features.num_frames(len(u.audio)))): u for u in utterances}
   for name, recognizer in recognizers.items():
     start = time.perf_counter()
-    compiling.wait([recognizer.prepare(1, frames) for frames in by_length], say)
+    compiling.wait([p for frames in by_length for p in recognizer.prepare(1, frames)], say)
     compile_seconds[name] = time.perf_counter() - start
     for u in by_length.values():  # what happens only the first time
       jax.block_until_ready(run_once(recognizer, u))

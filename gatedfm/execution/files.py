@@ -99,7 +99,7 @@ def transcribe(
     message = str(e).replace(f' {path}', '').removeprefix(f'{path} ')
     raise FileError(message) from None
   read = time.perf_counter() - start
-  compiling.wait([recognizer.prepare(1, padded.shape[1])], say)
+  compiling.wait(recognizer.prepare(1, padded.shape[1]), say)
   start = time.perf_counter()
   if not language and task != 'lid':
     language = recognizer.languages(recognizer(padded, frames, 'lid', ['']))[0]

@@ -97,6 +97,22 @@ class SpeechModel(nn.Module):
     Raises:
       ValueError: gates for a site that the model has not, or of a wrong shape.
     """
+    x_BxSxD, mask_BxS = self.listen(features_BxTxM, frames_B, deterministic)
+    given = self._given(gates)
+    if not gates:
+      given['encoder'] = self.decide('encoder', x_BxSxD, mask_BxS, context)
+    memory_BxSxD, given['encoder'] = self.encoder(
+      x_BxSxD, given['encoder'], mask_BxS, context, deterministic
+    )
+    if not gates:
+      read = memory_BxSxD if self.cfg.gates.decoder_reads == 'memory' else x_BxSxD
+      given['decoder'] = self.decide('decoder', read, mask_BxS, context)
+    return Encoded(memory_BxSxD, mask_BxS, _joined(given))
+
+  def listen(
+    self, features_BxTxM: jax.Array, frames_B: jax.Array, deterministic: bool = True
+  ) -> tuple[jax.Array, jax.Array]:
+    """The encoder stack's input `[B, S, D]` and its mask `[B, S]`; arguments as of `encode`."""
     cfg = self.cfg
     mask_BxT = jnp.arange(features_BxTxM.shape[1]) < frames_B[:, None]
     x = jnp.where(mask_BxT[..., None], features_BxTxM, 0)
@@ -106,30 +122,29 @@ class SpeechModel(nn.Module):
     else:
       # ESPnet's slicing keeps the frames that are partly padding; alone, they would not exist.
       mask_BxS = jnp.arange(x.shape[1]) < subsampling.subsampled_length(frames_B)[:, None]
-    x = self.drop(subsampling.add_positions(x), deterministic)
+    return self.drop(subsampling.add_positions(x), deterministic), mask_BxS
 
-    given = self._given(gates)
-    pooled_BxD = gating.masked_mean(x, mask_BxS)
-    if not gates and cfg.predicts('encoder') and cfg.gates.scope == 'global':
-      given['encoder'] = self.encoder_gates(pooled_BxD, context)
-    memory_BxSxD, given['encoder'] = self.encoder(
-      x, given['encoder'], mask_BxS, context, deterministic
-    )
-    if not gates and cfg.predicts('decoder'):
-      if cfg.gates.decoder_reads == 'memory':
-        pooled_BxD = gating.masked_mean(memory_BxSxD, mask_BxS)
-      decided = self.decoder_gates(pooled_BxD, context)
-      given['decoder'] = {m: g.reshape(cfg.decoder_layers, -1) for m, g in decided.items()}
-    used = Gates({f'{s}/{m}': g for s, stack_ in given.items() for m, g in stack_.items()})
-    return Encoded(memory_BxSxD, mask_BxS, used)
+  def decide(
+    self, stack: str, x_BxSxD: jax.Array, mask_BxS: jax.Array, context: gating.Context
+  ) -> dict[str, jax.Array]:
+    """Gates `{module: [N, B]}` that a stack's predictor reads off x, context and their mean.
+
+    Empty where the stack has no predictor, or one in each layer, which reads that layer's input.
+    """
+    cfg = self.cfg
+    if not cfg.predicts(stack) or (stack == 'encoder' and cfg.gates.scope == 'layer'):
+      return {}
+    predictor = self.encoder_gates if stack == 'encoder' else self.decoder_gates
+    layers_ = cfg.encoder_layers if stack == 'encoder' else cfg.decoder_layers
+    decided = predictor(gating.masked_mean(x_BxSxD, mask_BxS), context)
+    return {m: g.reshape(layers_, -1) for m, g in decided.items()}
 
   def _given(self, gates: Gates | None) -> dict[str, dict[str, jax.Array]]:
     """Gates of the caller by stack and module; empty where the predictor decides."""
     if gates is None:
       return {'encoder': {}, 'decoder': {}}
     sites = self.cfg.all_sites()
-    whole = Gates({s.name: jnp.ones(()) for s in sites} | dict(gates.values))
-    gates_lib.validate(whole, sites)
+    whole = gates_lib.completed(gates, sites)
     return {s: whole.stack(s, sites) for s in ('encoder', 'decoder')}
 
   def __call__(
@@ -165,6 +180,11 @@ class SpeechModel(nn.Module):
   ) -> tuple[jax.Array, list[decoder_lib.LayerCache]]:
     """Decodes P tokens from `position` on: logits `[B, P, V]` and the new caches."""
     return self.decoder.step(tokens_BxP, position, caches, decoder_gates(encoded), encoded.mask)
+
+
+def _joined(stacks: dict[str, dict[str, jax.Array]]) -> Gates:
+  """`{stack: {module: gates}}` by site name."""
+  return Gates({f'{s}/{m}': g for s, stack_ in stacks.items() for m, g in stack_.items()})
 
 
 def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gatedfm.models.speech_config import SpeechConfig
 
-Gates = dict[str, jax.Array]
+Gates = dict[str, jax.Array | tuple[bool, ...]]
 PREFIX = 'layers_'
 
 
@@ -52,14 +52,20 @@ class Stack(nn.Module):
   def __call__(
     self, x: jax.Array, gates: Gates, a: Any, b: Any, deterministic: bool
   ) -> tuple[jax.Array, Gates]:
-    """Runs the stack; `a` and `b` go to every layer (masks, memory, context)."""
+    """Runs the stack; `a` and `b` go to every layer (masks, memory, context).
+
+    Raises:
+      ValueError: gates fixed on the host (tuples of bools) in the scanned layout.
+    """
     if self.cfg.scan_layers:
+      if any(isinstance(g, tuple) for g in gates.values()):
+        raise ValueError('one program body for all layers: fixed gates need scan_layers=False')
       return self.scan(x, gates, a, b, deterministic)
     used = []
     for layer, g in self._pairs(gates):
       x, g = layer(x, g, a, b, deterministic)
       used.append(g)
-    return x, jax.tree.map(lambda *g: jnp.stack(g), *used)
+    return x, jax.tree.map(lambda *g: g if isinstance(g[0], bool) else jnp.stack(g), *used)
 
   def _pairs(self, gates: Gates) -> Iterator[tuple[nn.Module, Gates]]:
     for i, layer in enumerate(self.layers):

@@ -40,7 +40,7 @@ class Context:
 
 def under_gate(
   execution: str,
-  gate: jax.Array | None,
+  gate: jax.Array | bool | None,
   module: nn.Module,
   run: Callable[..., Any],
   skip: Callable[..., Any],
@@ -51,7 +51,9 @@ def under_gate(
   Args:
     execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
       costs nothing.
-    gate: None (no gate), a scalar, or one value per example (several examples: mask only).
+    gate: None (no gate), a scalar, or one value per example (several examples: mask only). A
+      Python bool is decided while tracing, whatever the execution: what is closed is not even
+      in the program.
     module: the module whose parameters the branches may use, and no other's.
     run, skip: branches of equal output shapes and types.
 
@@ -60,6 +62,8 @@ def under_gate(
   """
   if execution not in EXECUTIONS:
     raise ValueError(f'execution {execution!r} is not one of {EXECUTIONS}')
+  if isinstance(gate, bool):
+    return run(module, *operands) if gate else skip(module, *operands)
   if gate is None or execution == 'mask' or module.is_initializing():
     return run(module, *operands)
   if gate.size > 1:
@@ -71,15 +75,18 @@ def under_gate(
   return nn.cond(gate.reshape(()) > 0, run, skip, module, *operands)
 
 
-def scale(gate: jax.Array | None, y: jax.Array) -> jax.Array:
-  """`gate * y`, the gate over leading axes; under `skip` too, whose gates may be fractions."""
-  if gate is None:
+def scale(gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:
+  """`gate * y`, the gate over leading axes; under `skip` too, whose gates may be fractions.
+
+  Of a Python bool, y itself, which `under_gate` made zeros if it is False.
+  """
+  if gate is None or isinstance(gate, bool):
     return y
   return gate.astype(y.dtype).reshape(gate.shape + (1,) * (y.ndim - gate.ndim)) * y
 
 
 def gated(
-  execution: str, gate: jax.Array | None, module: nn.Module, x: jax.Array, *args: Any
+  execution: str, gate: jax.Array | bool | None, module: nn.Module, x: jax.Array, *args: Any
 ) -> jax.Array:
   """What `module` contributes under its gate: `gate * module(x, *args)`, shaped like `x`."""
   run = lambda m, x: m(x, *args)

@@ -142,9 +142,9 @@ def test_outputs_never_stand_beside_an_evaluation_of_others(
   gate_map = types.SimpleNamespace(
     mean=lambda: {s.name: np.ones(s.layers) for s in sites}, contexts=list
   )
-  recognizer = types.SimpleNamespace(prepare=lambda *_: None)
+  recognizer = types.SimpleNamespace(prepare=lambda *_: [])
   monkeypatch.setattr(points.Recognizer, 'load', lambda *_: recognizer)
-  monkeypatch.setattr(points.compiling, 'wait', lambda *_: None)
+  monkeypatch.setattr(points.compiling, 'wait', lambda *_: [])
   monkeypatch.setattr(points.quality, 'decode_all', lambda *_: (gate_map, outputs(runs)))
   write = points.atomic.write_text
 

@@ -12,7 +12,7 @@ import tiny_run
 from gatedfm import gates as gates_lib
 from gatedfm.data import audio_io, features
 from gatedfm.execution import files
-from gatedfm.execution.recognizer import Decoded
+from gatedfm.execution.decoding import Decoded
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 
 SITES = SpeechConfig(encoder='transformer', encoder_layers=2, decoder_layers=1)
@@ -37,7 +37,7 @@ class FakeRecognizer:
     self.prepared = batch, frames
     done = futures.Future()
     done.set_result(None)
-    return done
+    return [done]
 
   texts = lambda self, _: ['a text']
   ctc_texts = lambda self, _: ['a path']

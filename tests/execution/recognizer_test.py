@@ -11,7 +11,7 @@ import tiny_run
 import tiny_speech
 
 from gatedfm.data.types import DataError
-from gatedfm.execution import ctc_prefix
+from gatedfm.execution import ctc_prefix, decoding
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech import SpeechModel
@@ -170,19 +170,21 @@ def test_one_program_per_shape(skip):
   listener = lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else 0
   mel, frames = features()
   skip(mel[:1], frames[:1], 'asr', ['fra'])
-  programs = len(skip._programs.executables())
+  (programs,) = skip._programs.compiled()
+  number = len(programs)
   jax.monitoring.register_event_duration_secs_listener(listener)
   for b, task in ((1, 'asr'), (2, 'st_eng'), (3, 'lid')):
     jax.block_until_ready(skip(mel[b : b + 1], frames[b : b + 1], task, ['rus']))
   assert not compiled
-  assert len(skip._programs.executables()) == programs
+  assert len(programs) == number
   assert skip.program_bytes() > sum(x.nbytes for x in jax.tree.leaves(skip.params))
-  skip.prepare(1, 48).result()
+  for program in skip.prepare(1, 48):
+    program.result()
   assert compiled
   compiled.clear()
   skip(mel[:1, :48], np.minimum(frames[:1], 48), 'asr', ['fra'])
   assert not compiled
-  assert len(skip._programs.executables()) == programs + 1
+  assert len(programs) == number + 1
 
 
 def test_the_number_of_new_tokens_can_be_capped(mask):
@@ -220,7 +222,7 @@ def test_ctc_paths_collapse(mask):
   t = mask.tokenizer
   a, b, c = [i for i, token in enumerate(t.tokens) if token.isalpha()][:3]
   rows = np.array([[0, a, a, 0, a, b, b, c], [b, 0, 0, 0, 0, 0, 0, 0], [0] * 8])
-  decoded = recognizer_lib.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
+  decoded = decoding.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
   assert mask.ctc_texts(decoded) == [t.decode([a, a, b, c]), t.decode([b]), '']
 
 
@@ -230,7 +232,7 @@ def test_texts_end_with_their_first_end_token(mask):
   rows = np.full((3, len(words) + 2), t.eos)
   rows[0, : len(words)] = words
   rows[1, :] = (words * 3)[: rows.shape[1]]
-  decoded = recognizer_lib.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
+  decoded = decoding.Decoded(tokens=rows, ctc=rows, language=rows, gates=None)
   assert mask.texts(decoded) == ['un chat', t.decode(rows[1]), '']
 
 
@@ -246,7 +248,7 @@ def test_primers(mask, trained, assets):
 
 def test_symbols_are_never_written(mask):
   t = mask.tokenizer
-  written = {t.tokens[i] for i in np.flatnonzero(mask._allowed)}
+  written = {t.tokens[i] for i in np.flatnonzero(mask._programs._vocabulary.allowed)}
   assert {token for token in written if token[0] == '<'} == {'<eos>'}
   assert len(written) == t.vocab_size - sum(token[0] == '<' for token in t.tokens) + 1
 

@@ -1,0 +1,180 @@
+"""The compiled programs behind a recognizer: one for all gates, or one per gate pattern.
+
+Letters: B batch, T frames of 10 ms, S frames of 40 ms, M mel bands, D model, P primer tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent import futures
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm import compiling
+from gatedfm import gates as gates_lib
+from gatedfm.data.features import FeatureStats
+from gatedfm.execution import ctc_prefix, decoding
+from gatedfm.execution.decoding import Decoded, Request, Vocabulary
+from gatedfm.gates import Gates, Pattern
+from gatedfm.models.speech import Encoded, SpeechModel
+from gatedfm.nn import gating
+
+
+class Whole:
+  """One program per shape, whatever the gates: under `mask` and under `skip`."""
+
+  def __init__(self, model: SpeechModel, stats: FeatureStats, vocabulary: Vocabulary):
+    self._model, self._stats, self._vocabulary = model, stats, vocabulary
+    self._programs = compiling.Programs(jax.jit(self._forward))
+
+  def _forward(self, params: Any, x: Request) -> Decoded:
+    call = functools.partial(self._model.apply, {'params': params})
+    mel_BxTxM = (x.features - self._stats.mean) / self._stats.std
+    context = gating.Context(x.language, x.task)
+    encoded = call(mel_BxTxM, x.frames, context, x.gates, method='encode')
+    ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
+    return decoding.greedy(self._model, params, encoded, ctc, x, self._vocabulary)
+
+  def prepare(self, params: Any, x: Request) -> list[futures.Future]:
+    """Starts compiling for requests like `x`: what to wait for."""
+    return [self._programs.prepare(x.key, params, x)]
+
+  def __call__(self, params: Any, x: Request) -> Decoded:
+    return self._programs(x.key, params, x)
+
+  def compiled(self) -> list[compiling.Programs]:
+    """Everything compiled."""
+    return [self._programs]
+
+
+class Staged:
+  """Programs of what is open alone, one per gate pattern: a closed module is not even in them.
+
+  Three stages with the host in between, which reads each decision as a pattern: `listen`
+  decides the encoder's gates, `encode` runs the encoder and decides the decoder's, `decode`
+  writes. A pattern never met before is compiled when it comes.
+
+  Args:
+    model: unrolled, with gates decided before each stack.
+    stats, vocabulary: see `Whole`.
+    limit: programs kept per stage; beyond it the one not used for longest is dropped.
+
+  Raises:
+    ValueError: a model that decides gates layer by layer.
+  """
+
+  _LISTEN = ('subsample', 'encoder_gates', 'decoder_gates')
+
+  def __init__(
+    self, model: SpeechModel, stats: FeatureStats, vocabulary: Vocabulary, limit: int = 128
+  ):
+    cfg = model.cfg
+    if cfg.predicts('encoder') and cfg.gates.scope == 'layer':
+      raise ValueError(
+        'static execution needs the gates of a stack before it runs; this model decides them '
+        "layer by layer: use execution='skip'"
+      )
+    self._model, self._stats, self._vocabulary = model, stats, vocabulary
+    self._sites = {k: [s for s in cfg.all_sites() if s.stack == k] for k in ('encoder', 'decoder')}
+    stage = lambda f, **static: compiling.Programs(jax.jit(f, **static), limit)
+    self._listen = stage(self._listening)
+    self._encode = stage(self._encoding, static_argnames='pattern')
+    self._decode = stage(self._decoding, static_argnames='pattern')
+
+  @staticmethod
+  def _needed(params: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The parameters of a stage: each array more makes every call slower."""
+    return {name: params[name] for name in names if name in params}
+
+  def _decided(self, stack: str, decided: dict[str, jax.Array]) -> jax.Array | None:
+    """Gates of a stack as one array `[modules, N, B]`, one transfer; None where all are open."""
+    return jnp.stack([decided[s.module] for s in self._sites[stack]]) if decided else None
+
+  def _listening(self, params: Any, x: Request) -> tuple:
+    mel_BxTxM = (x.features - self._stats.mean) / self._stats.std
+    context = gating.Context(x.language, x.task)
+
+    def run(model: SpeechModel) -> tuple:
+      heard_BxSxD, mask_BxS = model.listen(mel_BxTxM, x.frames)
+      gates = {'encoder': model.decide('encoder', heard_BxSxD, mask_BxS, context)}
+      if self._model.cfg.gates.decoder_reads != 'memory':
+        gates['decoder'] = model.decide('decoder', heard_BxSxD, mask_BxS, context)
+      return heard_BxSxD, mask_BxS, {k: self._decided(k, g) for k, g in gates.items()}
+
+    return nn.apply(run, self._model)({'params': params})
+
+  def _encoding(
+    self, params: Any, heard: tuple[jax.Array, jax.Array], x: Request, pattern: Pattern
+  ) -> tuple:
+    heard_BxSxD, mask_BxS = heard
+    context = gating.Context(x.language, x.task)
+    gates = pattern.fixed().stack('encoder', self._sites['encoder'])
+
+    def run(model: SpeechModel) -> tuple:
+      memory_BxSxD, _ = model.encoder(heard_BxSxD, gates, mask_BxS, context, True)
+      encoded = Encoded(memory_BxSxD, mask_BxS, Gates({}))
+      decided = {}
+      if self._model.cfg.gates.decoder_reads == 'memory':
+        decided['decoder'] = self._decided(
+          'decoder', model.decide('decoder', memory_BxSxD, mask_BxS, context)
+        )
+      return memory_BxSxD, model.ctc_logits(encoded), decided
+
+    memory_BxSxD, logits_BxSxV, decided = nn.apply(run, self._model)({'params': params})
+    return memory_BxSxD, ctc_prefix.frames(logits_BxSxV, mask_BxS), decided
+
+  def _decoding(
+    self, params: Any, memory_BxSxD: jax.Array, ctc: ctc_prefix.Frames, x: Request, pattern: Pattern
+  ) -> Decoded:
+    encoded = Encoded(memory_BxSxD, ctc.mask, pattern.fixed())
+    return decoding.greedy(self._model, params, encoded, ctc, x, self._vocabulary)
+
+  def _pattern(self, stack: str, bits_MxNxB: jax.Array | None, given: Gates | None) -> Pattern:
+    """The pattern of a stack, from its decisions or from the caller's gates.
+
+    Raises:
+      ValueError: gates that differ by example, or are neither open nor closed.
+    """
+    sites = self._sites[stack]
+    if given is not None:
+      values = {s.name: np.asarray(given[s.name]) for s in sites}
+    elif bits_MxNxB is not None:
+      values = dict(zip((s.name for s in sites), np.asarray(bits_MxNxB)))
+    else:
+      values = {s.name: np.ones(()) for s in sites}
+    for name, g in values.items():
+      if ((g != 0) & (g != 1)).any():
+        raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
+    return gates_lib.pattern(Gates(values), sites)
+
+  def prepare(self, params: Any, x: Request) -> list[futures.Future]:
+    """Starts compiling for requests like `x` what does not depend on their gates."""
+    return [self._listen.prepare(x.key, self._needed(params, *self._LISTEN), x)]
+
+  def __call__(self, params: Any, x: Request) -> Decoded:
+    given, x = x.gates, x.replace(gates=None)
+    if given is not None:
+      given = gates_lib.completed(given, self._model.cfg.all_sites())
+    key, batch = x.key, len(x.frames)
+    *heard, decided = self._listen(key, self._needed(params, *self._LISTEN), x)
+    x = x.replace(features=None, frames=None)  # heard; no stage more takes them
+    encoder = self._pattern('encoder', decided['encoder'], given)
+    mine = self._needed(params, 'encoder', 'ctc', 'decoder_gates')
+    memory_BxSxD, ctc, more = self._encode((key, encoder), mine, heard, x, pattern=encoder)
+    decoder = self._pattern('decoder', (decided | more)['decoder'], given)
+    mine = self._needed(params, 'decoder')
+    out = self._decode((key, decoder), mine, memory_BxSxD, ctc, x, pattern=decoder)
+    used = {
+      name: np.repeat(np.array(bits, np.float32)[:, None], batch, 1)
+      for name, bits in (*encoder.sites, *decoder.sites)
+    }
+    return out.replace(gates=Gates(used))
+
+  def compiled(self) -> list[compiling.Programs]:
+    """Everything compiled."""
+    return [self._listen, self._encode, self._decode]

@@ -1,0 +1,140 @@
+"""Programs per gate pattern write what one program for all gates writes."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+import tiny_speech
+
+from gatedfm import gates as gates_lib
+from gatedfm.execution.recognizer import Recognizer
+from gatedfm.gates import Gates
+from gatedfm.trainers import step
+
+LANGUAGES = ['fra', 'rus', 'rus']
+
+
+@pytest.fixture(scope='module')
+def assets(tone_data):
+  return tiny_run.make_assets(tiny_run.dense(tone_data))
+
+
+def make(tone_data, assets, executions=('skip', 'static'), **changes):
+  """Recognizers of one gated model of random parameters, whose gates follow their context."""
+  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
+  cfg.gates = dataclasses.replace(cfg.gates, **changes)
+  shapes = jax.eval_shape(lambda: step.nn.unbox(step.init_params(cfg, jax.random.key(0))))
+  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
+  for name in ('encoder_gates', 'decoder_gates'):
+    if name in params:
+      mlp = params[name]['mlp']
+      mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
+  return [Recognizer(cfg, params, assets, x, ctc_weight=0.5) for x in executions]
+
+
+@pytest.fixture(scope='module')
+def pair(tone_data, assets, fast_compilation):
+  return make(tone_data, assets)
+
+
+def features(b, frames=(64, 50, 33)):
+  mel = np.random.default_rng(b).normal(-5, 4, (1, 64, 80)).astype(np.float32)
+  mel[:, frames[b] :] = 0
+  return mel, np.array([frames[b]], np.int32)
+
+
+def assert_same(a, b):
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_array_equal(a.ctc, b.ctc)
+  np.testing.assert_array_equal(a.language, b.language)
+  assert set(a.gates.values) == set(b.gates.values)
+  for name, gates in a.gates.values.items():
+    np.testing.assert_array_equal(gates, b.gates[name])
+
+
+def check(skip, static):
+  """All tasks and utterances; returns the patterns met."""
+  patterns = set()
+  for b, task in itertools.product(range(3), ('asr', 'st_eng', 'lid')):
+    mine = static(*features(b), task, [LANGUAGES[b]])
+    assert_same(skip(*features(b), task, [LANGUAGES[b]]), mine)
+    patterns.add(gates_lib.pattern(mine.gates, static.cfg.all_sites()))
+  return patterns
+
+
+def test_static_writes_what_skip_writes(pair):
+  assert len(check(*pair)) > 2
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'decoder_reads': 'subsampled'},
+    {'stacks': ('encoder',)},
+    {'stacks': ('decoder',)},
+    {'context': ()},
+    {'enabled': False},
+  ],
+  ids=str,
+)
+def test_whatever_decides(tone_data, assets, fast_compilation, changes):
+  skip, static = make(tone_data, assets, **changes)
+  for task in ('asr', 'lid'):
+    a, b = (r(*features(1), task, ['rus']) for r in (skip, static))
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.ctc, b.ctc)
+    for name, gates in a.gates.values.items():  # a stack without predictor has none under skip
+      np.testing.assert_array_equal(np.squeeze(gates), np.squeeze(b.gates[name]))
+
+
+def test_all_open_and_all_closed(pair):
+  one = gates_lib.all_open(pair[0].cfg.all_sites())
+  for gates in (one, jax.tree.map(jnp.zeros_like, one), Gates({'encoder/ffn': 0.0})):
+    a, b = (r(*features(0), 'asr', ['fra'], gates) for r in pair)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.ctc, b.ctc)
+
+
+def test_a_pattern_is_compiled_once_and_for_what_is_open(pair):
+  _, static = pair
+  one = gates_lib.all_open(static.cfg.all_sites())
+  closed = jax.tree.map(jnp.zeros_like, one)
+  run = lambda gates: static(*features(0), 'asr', ['fra'], gates)
+  run(one), run(closed)
+  sizes = [len(p) for p in static._programs.compiled()]
+  flops = {}
+  for key, program in static._programs._encode._programs.items():
+    flops[key[-1]] = program.result().cost_analysis()['flops']
+  sites = static.cfg.all_sites()
+  pattern = lambda gates: gates_lib.pattern(gates, sites).stack('encoder')
+  assert flops[pattern(closed)] < 0.5 * flops[pattern(one)]
+  run(one), run(closed), static(*features(0), 'st_eng', ['rus'], one)
+  assert [len(p) for p in static._programs.compiled()] == sizes
+
+
+def test_examples_of_a_batch_share_their_gates(pair):
+  _, static = pair
+  mel, frames = (np.concatenate(x) for x in zip(features(0), features(1)))
+  sites = static.cfg.all_sites()
+  one = {s.name: np.ones((s.layers, 2)) for s in sites}
+  together = static(mel, frames, 'asr', ['fra', 'rus'], Gates(one))
+  for b in range(2):
+    alone = static(*features(b), 'asr', [LANGUAGES[b]], gates_lib.all_open(sites))
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[b])
+  one['encoder/ffn'] = np.array([[1.0, 0.0]])
+  with pytest.raises(ValueError, match='encoder/ffn differ by example.*utterances of one pattern'):
+    static(mel, frames, 'asr', ['fra', 'rus'], Gates(one))
+
+
+def test_what_static_cannot_do(tone_data, assets, pair):
+  _, static = pair
+  with pytest.raises(ValueError, match="encoder/ffn lie between open and closed.*'mask'"):
+    static(*features(0), 'asr', ['fra'], Gates({'encoder/ffn': 0.5}))
+  with pytest.raises(ValueError, match='unknown sites'):
+    static(*features(0), 'asr', ['fra'], Gates({'encoder/fnn': 0.0}))
+  with pytest.raises(ValueError, match="layer by layer: use execution='skip'"):
+    make(tone_data, assets, ('static',), scope='layer')
