@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.trainers.config import OptimizerConfig, SparsityConfig
+
+_MOMENTUM, _RMS = 0.95, 0.2  # of Muon
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def is_gate(path: tuple) -> bool:
@@ -34,51 +38,78 @@ def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedu
   return optax.linear_schedule(0.0, peak, warmup)
 
 
-def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The optimizer of the model, and Adam with its own rate and no decay for gate predictors."""
+def make(cfg: OptimizerConfig, steps: int, dtype: str = 'float32') -> optax.GradientTransformation:
+  """The optimizer of the model, and Adam with its own rate and no decay for gate predictors.
+
+  Args:
+    cfg: names it and its rates.
+    steps: of the whole training, for the schedules.
+    dtype: of the products inside Muon.
+  """
 
   def decayed(params: Any) -> Any:
     keep = lambda path, _: _names(path)[-1].endswith(('kernel', 'embedding'))
     return jax.tree_util.tree_map_with_path(keep, params)
 
   rate = learning_rate(cfg, cfg.peak_lr, steps)
+  adam = lambda **options: optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, **options)
   if cfg.name == 'muon':
-    model = optax.contrib.muon(
-      rate,
-      # Turbo-Muon (Boissin et al. 2025): better conditioned, so that fewer iterations will do.
-      preconditioning='aol',
-      ns_steps=3,
-      adam_b1=cfg.b1,
-      adam_b2=cfg.b2,
-      eps=cfg.eps,
-      weight_decay=cfg.weight_decay,
-      weight_decay_mask=decayed,
-      # Updates as large as Adam's, so that one learning rate suits both.
-      consistent_rms=0.2,
-      muon_weight_dimension_numbers=_matrices,
+    matrix = optax.chain(
+      optax.trace(_MOMENTUM, nesterov=True),
+      optax.stateless_with_tree_map(lambda x, _: orthogonalize(x, dtype)),
+      optax.add_decayed_weights(cfg.weight_decay, decayed),
+      optax.scale_by_learning_rate(rate),
     )
+    other = adam(weight_decay=0.0, nesterov=True)
   else:
-    model = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
+    matrix = other = adam(weight_decay=cfg.weight_decay, mask=decayed)
   gates = optax.adam(learning_rate(cfg, cfg.gate_lr, steps), cfg.b1, cfg.b2, cfg.eps)
-  label = lambda params: jax.tree_util.tree_map_with_path(
-    lambda path, _: 'gates' if is_gate(path) else 'model', params
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(cfg.clip),
-    optax.partition({'model': model, 'gates': gates}, label),
-  )
+  parts = {'matrix': matrix, 'other': other, 'gates': gates}
+  return optax.chain(optax.clip_by_global_norm(cfg.clip), optax.partition(parts, _kinds))
 
 
-def _matrices(params: Any) -> Any:
-  """Which parameters Muon orthogonalises: matrices, one by one where layers are stacked."""
+def _kinds(params: Any) -> Any:
+  """`gates`, `matrix` (also where layers are stacked) or `other` of each parameter."""
 
-  def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-    stacked = 'scan' in _names(path)
-    if leaf.ndim - stacked != 2:
-      return None
-    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+  def kind(path: tuple, leaf: jax.Array) -> str:
+    if is_gate(path):
+      return 'gates'
+    return 'matrix' if leaf.ndim - ('scan' in _names(path)) == 2 else 'other'
 
-  return jax.tree_util.tree_map_with_path(axes, params)
+  return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def orthogonalize(x: jax.Array, dtype: str) -> jax.Array:
+  """The matrix `[..., A, B]` with all singular values near 1, scaled to updates like Adam's.
+
+  Newton-Schulz iterations of Muon (Jordan et al. 2024), three suffice after the "almost
+  orthogonal" preconditioning of Turbo-Muon (Boissin et al. 2025), scaled to a root mean square
+  of 0.2 (Liu et al. 2025), so that one learning rate suits Muon and Adam. `optax.contrib.muon`
+  computes the same in float32 and with transposed operands, which costs a CPU four times as
+  much.
+
+  Args:
+    x: momentum; leading axes hold matrices one by one.
+    dtype: of the products' operands; sums are float32.
+  """
+  if x.ndim > 2:
+    return jax.vmap(lambda y: orthogonalize(y, dtype))(x)
+  scale = _RMS * max(x.shape) ** 0.5
+  if x.shape[0] > x.shape[1]:
+    return orthogonalize(x.T, dtype).T
+  p, q, r = _NEWTON_SCHULZ
+
+  def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+  for i in range(3):
+    square = dot(x, x, 1)
+    if i == 0:
+      s = lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(square), 1, keepdims=True), 1e-8))
+      x, square = x * s, square * s * s.T
+    x = p * x + dot(q * square + r * dot(square, square, 0), x, 0)
+  return scale * x
 
 
 def sparsity_schedule(cfg: SparsityConfig, steps: int, step: int) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ def init_params(cfg: SpeechConfig, key: jax.Array) -> Any:
 
 def make_init(cfg: TrainConfig) -> Callable[[jax.Array], TrainState]:
   """`key -> TrainState` with boxed parameters, for shardings and jit."""
-  tx = optimizer.make(cfg.optimizer, cfg.steps)
+  tx = optimizer.make(cfg.optimizer, cfg.steps, cfg.model.dtype)
 
   def init(key: jax.Array) -> TrainState:
     params = init_params(cfg.model, key)
@@ -166,7 +166,7 @@ class TrainStep:
 
   def __init__(self, cfg: TrainConfig, stats: FeatureStats, shardings: Any):
     objective = Objective(cfg, stats)
-    tx = optimizer.make(cfg.optimizer, cfg.steps)
+    tx = optimizer.make(cfg.optimizer, cfg.steps, cfg.model.dtype)
 
     def gradient(params: Any, at: jax.Array, batch: Batch, gating_now: dict[str, jax.Array]):
       # rbg draws dropout bits about as fast as threefry on CPU and far faster on TPU.

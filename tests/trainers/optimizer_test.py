@@ -115,6 +115,23 @@ def test_muon_turns_matrices_one_by_one():
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(matrix))), 0.2, rtol=0.3)
 
 
+@pytest.mark.parametrize('shape', [(6, 6), (4, 9), (9, 4), (2, 5, 3)])
+def test_orthogonalizing_agrees_with_optax(shape):
+  x = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+  like = optax.contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1)
+  tx = optax.contrib.muon(
+    -1.0,
+    preconditioning='aol',
+    ns_steps=3,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=lambda _: like,
+  )
+  expected, _ = tx.update(x, tx.init(x), x)
+  np.testing.assert_allclose(optimizer.orthogonalize(x, 'float32'), expected, rtol=1e-4, atol=1e-5)
+  rough = optimizer.orthogonalize(x, 'bfloat16')
+  np.testing.assert_allclose(rough, expected, atol=0.05 * float(jnp.abs(expected).max()))
+
+
 def test_gradients_are_clipped_together():
   tx = optimizer.make(OptimizerConfig(clip=1.0), 10)
   tree = params()
