@@ -100,7 +100,8 @@ def greedy(
   eos, length, ctc_weight = vocabulary.eos, x.length, x.ctc_weight
   b, p = x.primer.shape
   caches = call(encoded, p + length, method='start')
-  logits_BxPxV, caches = call(x.primer, 0, caches, encoded, method='step')
+  # The primer's last token is the loop's first: one place to choose, which takes long to compile.
+  logits_BxPxV, caches = call(x.primer[:, :-1], 0, caches, encoded, method='step')
 
   # One token per frame is the most that CTC could write; padding adds none.
   limit_B = jnp.sum(ctc.mask, 1)
@@ -121,20 +122,19 @@ def greedy(
     return lax.cond(ctc_weight > 0, jointly, alone, seen_BxV, prefix, done_B)
 
   def write(carry: tuple) -> tuple:
-    at, tokens_BxL, token_B, caches, prefix = carry
-    logits_Bx1xV, caches = call(token_B[:, None], p + at, caches, encoded, method='step')
-    done_B = (token_B == eos) | (at + 1 >= limit_B)
+    at, tokens_BxL, token_B, done_B, caches, prefix = carry
+    logits_Bx1xV, caches = call(token_B[:, None], p - 1 + at, caches, encoded, method='step')
     token_B, prefix = choose(logits_Bx1xV[:, 0], prefix, done_B)
-    return at + 1, tokens_BxL.at[:, at + 1].set(token_B), token_B, caches, prefix
+    done_B = (token_B == eos) | (at + 1 >= limit_B)
+    return at + 1, tokens_BxL.at[:, at].set(token_B), token_B, done_B, caches, prefix
 
   def unfinished(carry: tuple) -> jax.Array:
-    return (carry[0] < x.steps - 1) & jnp.any(carry[2] != eos)
+    return (carry[0] < x.steps) & ~jnp.all(carry[3])
 
-  token_B, prefix = choose(logits_BxPxV[:, -1], ctc_prefix.start(ctc), limit_B < 1)
-  tokens_BxL = jnp.full((b, length), eos, jnp.int32).at[:, 0].set(token_B)
-  carry = jnp.zeros((), jnp.int32), tokens_BxL, token_B, caches, prefix
+  tokens_BxL = jnp.full((b, length), eos, jnp.int32)
+  start = jnp.zeros((), jnp.int32), tokens_BxL, x.primer[:, -1], limit_B < 1, caches
   return Decoded(
-    lax.while_loop(unfinished, write, carry)[1],
+    lax.while_loop(unfinished, write, (*start, ctc_prefix.start(ctc)))[1],
     jnp.where(ctc.mask, jnp.argmax(ctc.log_probs, -1), ctc_prefix.BLANK),
     jnp.argmax(logits_BxPxV[:, 0, vocabulary.languages], -1),
     encoded.gates,
