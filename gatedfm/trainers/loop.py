@@ -210,7 +210,7 @@ def _sigterm() -> Iterator[Callable[[int], bool]]:
 
 
 class Evaluator:
-  """Validation losses, teacher-forced, averaged over utterances."""
+  """Validation losses, teacher-forced, averaged over utterances, accuracy over tokens."""
 
   def __init__(self, cfg: TrainConfig, assets: corpus.Assets, split: corpus.Split, mesh: Any):
     self._split, self._mesh = split, mesh
@@ -222,16 +222,13 @@ class Evaluator:
       self._step.prepare(params, _abstract_batch(shape, self._mesh), gating_now)
 
   def __call__(self, params: Any, gating_now: dict[str, Any]) -> dict[str, float]:
-    rows = []
+    means = []
     for batch in pipeline.eval_batches(
       self._split.examples, self._split.caches, self._split.shapes,
       jax.process_index(), jax.process_count(),
     ):  # fmt: skip
-      rows.append(self._step(params, _on_device(batch, self._mesh), gating_now))
-    rows = jax.device_get(rows)
-    weight = np.array([r['count'] for r in rows], np.float64)
-    mean = lambda k: float(np.sum(weight * [r[k] for r in rows]) / weight.sum())
-    return {f'validation/{k}': mean(k) for k in rows[0] if k != 'count'}
+      means.append(self._step(params, _on_device(batch, self._mesh), gating_now))
+    return {f'validation/{k}': v for k, v in self._step.total(means, gating_now).items()}
 
 
 def _abstract_batch(shape: pipeline.Shape, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:

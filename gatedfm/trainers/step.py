@@ -5,7 +5,7 @@ Letters: B batch, T frames, M mel bands, L tokens, U CTC labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -13,6 +13,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gatedfm import compiling
@@ -26,6 +27,7 @@ from gatedfm.trainers import augment, losses, optimizer
 from gatedfm.trainers.config import TrainConfig
 
 Batch = dict[str, jax.Array]
+Means = dict[str, tuple[jax.Array, jax.Array]]  # and of how many
 
 
 @flax.struct.dataclass
@@ -74,7 +76,15 @@ class Objective:
   def __call__(
     self, params: Any, batch: Batch, gating_now: dict[str, jax.Array], key: jax.Array | None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss per utterance and its parts.
+    """Loss per utterance and its parts: arguments of `means`; scalar loss, metrics (scalars)."""
+    means = self.means(params, batch, gating_now, key)
+    metrics = self.metrics({name: mean for name, (mean, _) in means.items()}, gating_now)
+    return metrics['loss'], metrics
+
+  def means(
+    self, params: Any, batch: Batch, gating_now: dict[str, jax.Array], key: jax.Array | None
+  ) -> Means:
+    """What a batch says of the metrics, so that batches can be taken together.
 
     Args:
       params: model parameters.
@@ -82,7 +92,7 @@ class Objective:
       gating_now: `optimizer.sparsity_schedule` of this step.
       key: PRNG key; None evaluates: no dropout, no augmentation, gates by threshold.
 
-    Returns: scalar loss, metrics (scalars).
+    Returns: {name: (mean, number of utterances or tokens that it is the mean of)}, scalars.
     """
     cfg = self.cfg
     x_BxTxM = (batch['features'] - self.mean) / self.std
@@ -109,52 +119,64 @@ class Objective:
     )
 
     valid_B = batch['valid'].astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(valid_B), 1.0)
+    count = jnp.sum(valid_B)
     lengths_B = jnp.sum(out.encoded.mask, 1)
     ctc_B = losses.ctc_loss(out.ctc_logits, lengths_B, batch['ctc_labels'], batch['ctc_length'])
     attention_B = losses.attention_loss(out.logits, batch['decoder_target'], cfg.smoothing)
     # As ESPnet: CTC over the utterances that have a transcript, attention over all.
     transcribed = jnp.sum(valid_B * (batch['ctc_length'] > 0))
-    ctc = jnp.sum(ctc_B * valid_B) / jnp.maximum(transcribed, 1.0)
-    attention = jnp.sum(attention_B * valid_B) / count
     targets = jnp.where(batch['valid'][:, None], batch['decoder_target'], losses.IGNORED)
-    right, counted = losses.token_accuracy(out.logits, targets)
+    right, tokens = losses.token_accuracy(out.logits, targets)
     weight_B = valid_B * batch['weight']
-    loss = cfg.ctc_weight * jnp.sum(ctc_B * weight_B) / jnp.maximum(transcribed, 1.0)
-    loss += (1 - cfg.ctc_weight) * jnp.sum(attention_B * weight_B) / count
-    metrics = {
-      'ctc_loss': ctc,
-      'attention_loss': attention,
-      'token_accuracy': right / jnp.maximum(counted, 1),
+    mean = lambda total, number: (total / jnp.maximum(number, 1), number)
+    means = {
+      'ctc_loss': mean(jnp.sum(ctc_B * valid_B), transcribed),
+      'attention_loss': mean(jnp.sum(attention_B * valid_B), count),
+      'token_accuracy': mean(right, tokens),
+      'weighted_ctc_loss': mean(jnp.sum(ctc_B * weight_B), transcribed),
+      'weighted_attention_loss': mean(jnp.sum(attention_B * weight_B), count),
     }
     if cfg.model.gates.enabled:
-      penalty, sparsity = self._penalty(out.encoded.gates, valid_B, gating_now['target'])
+      sparsities = self._sparsities(out.encoded.gates, valid_B)
+      means |= {name: (sparsity, count) for name, sparsity in sparsities.items()}
+    return means
+
+  def metrics(
+    self, means: dict[str, jax.Array], gating_now: dict[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    """The loss and its parts from the means over a batch, or over many."""
+    cfg = self.cfg
+    loss = cfg.ctc_weight * means['weighted_ctc_loss']
+    loss += (1 - cfg.ctc_weight) * means['weighted_attention_loss']
+    metrics = {name: means[name] for name in ('ctc_loss', 'attention_loss', 'token_accuracy')}
+    if cfg.model.gates.enabled:
+      held = [means[name] for name in self._held()]
+      target, kind = gating_now['target'], cfg.sparsity.penalty
+      penalty = sum(losses.sparsity_penalty(s, target, kind) for s in held) / len(held)
       modules = sum(site.layers for site in cfg.model.sites())
       loss += gating_now['weight'] * modules * penalty
-      metrics |= {
-        'sparsity': sparsity,
-        'sparsity_target': gating_now['target'],
-        'penalty': penalty,
-      }
-    return loss, metrics | {'loss': loss}
+      metrics |= {'sparsity': means['sparsity'], 'sparsity_target': target, 'penalty': penalty}
+    return metrics | {'loss': loss}
 
-  def _penalty(
-    self, gates: gates_lib.Gates, valid_B: jax.Array, target: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """Penalty and sparsity of gates `[N]` or `[N, B]`, of which padding rows count nothing."""
+  def _held(self) -> dict[str, Sequence[gates_lib.Site]]:
+    """The sites whose sparsities are held to the target, by the name of their mean."""
+    cfg, sites = self.cfg, self.cfg.model.sites()
+    if not cfg.sparsity.per_stack:
+      return {'sparsity': sites}
+    of_stack = lambda stack: tuple(s for s in sites if s.stack == stack)
+    return {f'{stack}_sparsity': of_stack(stack) for stack in cfg.model.gates.stacks}
+
+  def _sparsities(self, gates: gates_lib.Gates, valid_B: jax.Array) -> dict[str, jax.Array]:
+    """Sparsity of gates `[N]` or `[N, B]`, of all and of what is held to the target.
+
+    Padding rows count nothing.
+    """
     count = jnp.maximum(jnp.sum(valid_B), 1.0)
     mean = lambda g: jnp.sum(g * valid_B, 1) / count if g.ndim > 1 else g
     gates = jax.tree.map(mean, gates)
-    cfg, sites = self.cfg, self.cfg.model.sites()
-    costs = self.costs if cfg.sparsity.count == 'macs' else None
-    groups = [sites]
-    if cfg.sparsity.per_stack:
-      groups = [tuple(s for s in sites if s.stack == k) for k in cfg.model.gates.stacks]
-    parts = [
-      losses.sparsity_penalty(gates_lib.sparsity(gates, g, costs), target, cfg.sparsity.penalty)
-      for g in groups
-    ]
-    return sum(parts) / len(parts), gates_lib.sparsity(gates, sites, costs)
+    costs = self.costs if self.cfg.sparsity.count == 'macs' else None
+    groups = {'sparsity': self.cfg.model.sites()} | self._held()
+    return {name: gates_lib.sparsity(gates, group, costs) for name, group in groups.items()}
 
 
 class TrainStep:
@@ -208,14 +230,16 @@ class TrainStep:
 
 
 class EvalStep:
-  """The step `(params, batch, gating_now) -> metrics`: thresholded gates, no dropout."""
+  """The step `(params, batch, gating_now) -> means`: thresholded gates, no dropout.
+
+  Means come with their numbers, for `total`.
+  """
 
   def __init__(self, cfg: TrainConfig, stats: FeatureStats):
-    objective = Objective(cfg, stats)
+    self._objective = objective = Objective(cfg, stats)
 
     def eval_step(params: Any, batch: Batch, gating_now: dict[str, jax.Array]):
-      _, metrics = objective(params, batch, gating_now, None)
-      return metrics | {'count': jnp.sum(batch['valid'])}
+      return objective.means(params, batch, gating_now, None)
 
     self._programs = compiling.Programs(jax.jit(eval_step))
 
@@ -225,10 +249,17 @@ class EvalStep:
     """Starts compiling for a batch of this shape; the batch may be abstract."""
     return [self._programs.prepare(_shape(batch), params, batch, gating_now)]
 
-  def __call__(
-    self, params: Any, batch: Batch, gating_now: dict[str, jax.Array]
-  ) -> dict[str, jax.Array]:
+  def __call__(self, params: Any, batch: Batch, gating_now: dict[str, jax.Array]) -> Means:
     return self._programs(_shape(batch), params, batch, gating_now)
+
+  def total(self, batches: Sequence[Means], gating_now: dict[str, jax.Array]) -> dict[str, float]:
+    """Metrics over the utterances and tokens of all batches, however they were batched."""
+    means = {}
+    for name in batches[0]:
+      of_batches = np.array(jax.device_get([b[name] for b in batches]), np.float64)
+      mean, number = of_batches.T
+      means[name] = np.sum(mean * number) / max(np.sum(number), 1)
+    return {name: float(v) for name, v in self._objective.metrics(means, gating_now).items()}
 
 
 def _shape(batch: Batch) -> tuple[int, ...]:

@@ -157,18 +157,21 @@ def test_penalty_of_given_gates(count, per_stack):
   gates = {s.name: jnp.tile(of_site(s).astype(jnp.float32), (s.layers, 1)) for s in sites}
   gates[sites[0].name] = jnp.ones(sites[0].layers)  # the same for all examples
   valid = jnp.array([1.0, 1, 1, 0])
-  penalty, sparsity = objective._penalty(step.gates_lib.Gates(gates), valid, jnp.float32(0.25))
+  losses = dict.fromkeys(('weighted_ctc_loss', 'weighted_attention_loss', 'ctc_loss'), 0.0)
+  means = losses | dict.fromkeys(('attention_loss', 'token_accuracy'), 0.0)
+  means |= objective._sparsities(step.gates_lib.Gates(gates), valid)
+  metrics = objective.metrics(means, {'target': jnp.float32(0.25), 'weight': 0.0})
   costs = {s.name: objective.costs[s.name].macs if count == 'macs' else 1 for s in sites}
   weight = lambda *stacks: sum(costs[s.name] * s.layers for s in sites if s.stack in stacks)
   closed = weight('decoder') / weight('encoder', 'decoder')
-  np.testing.assert_allclose(sparsity, closed, rtol=1e-5)
+  np.testing.assert_allclose(metrics['sparsity'], closed, rtol=1e-5)
   of = lambda s: (0.25 - s) ** 2
   expected = (of(0) + of(1)) / 2 if per_stack else of(closed)
-  np.testing.assert_allclose(penalty, expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics['penalty'], expected, rtol=1e-5)
 
 
 def evaluating(gated):
-  """Configuration, and metrics of a batch at random parameters."""
+  """Configuration, and metrics of batches at random parameters."""
   cfg = config()
   cfg.model.gates.enabled = gated
   params = tiny_speech.random_tree(tiny_speech.shapes(cfg.model), scale=0.1)
@@ -178,7 +181,7 @@ def evaluating(gated):
       embedding['language'], embedding['task'] = 30 * embedding['language'], 30 * embedding['task']
   evaluate = step.EvalStep(cfg, STATS)
   now = optimizer.sparsity_schedule(cfg.sparsity, 10, 5)
-  return cfg, lambda rows: jax.device_get(evaluate(params, rows, now))
+  return cfg, lambda *rows: evaluate.total([evaluate(params, r, now) for r in rows], now)
 
 
 @pytest.fixture(scope='module')
@@ -196,7 +199,6 @@ def test_loss_is_a_weighted_sum(evaluated):
   values = run(batch())
   both = cfg.ctc_weight * values['ctc_loss'] + (1 - cfg.ctc_weight) * values['attention_loss']
   np.testing.assert_allclose(values['loss'], both, rtol=1e-6)
-  assert values['count'] == BATCH
   assert 'sparsity' not in values
 
 
@@ -225,7 +227,6 @@ def test_padding_rows_count_nothing(name, request):
     rows[key][4:] = rows[key][4:] if key == 'features' else value[4:]
   rows['valid'], padded['valid'] = np.arange(8) < 4, np.arange(8) < 4
   a, b = run(rows), run(padded)
-  assert a['count'] == 4
   for name, value in a.items():
     np.testing.assert_allclose(b[name], value, rtol=1e-5, err_msg=name)
   full = copy.deepcopy(padded)
@@ -233,6 +234,21 @@ def test_padding_rows_count_nothing(name, request):
   counted = run(full)
   assert abs(counted['loss'] - a['loss']) > 1e-4
   assert 'sparsity' not in a or abs(counted['sparsity'] - a['sparsity']) > 1e-3
+
+
+@pytest.mark.parametrize('name', ['evaluated', 'evaluated_gated'])
+def test_metrics_do_not_depend_on_how_utterances_are_batched(name, request):
+  """Parts that differ in transcripts, tokens, weights and, by language and task, gates."""
+  _, run = request.getfixturevalue(name)
+  rows = batch() | {'weight': np.linspace(0.5, 2, BATCH, dtype=np.float32)}
+  rows['decoder_target'][:3, 2:] = -1
+  rows['language'] = np.repeat([0, 1, 2], [3, 3, 2])
+  whole = run(rows)
+  parts = [{k: v[i:j] for k, v in rows.items()} for i, j in ((0, 3), (3, 8))]
+  shares = [rows | {'valid': np.arange(BATCH) // 3 == i} for i in range(3)]
+  for batches in (parts, shares):
+    for name, value in run(*batches).items():
+      np.testing.assert_allclose(value, whole[name], rtol=1e-5, atol=1e-9, err_msg=name)
 
 
 def test_ctc_is_averaged_over_those_with_a_transcript(evaluated):
