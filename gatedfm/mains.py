@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run` where a field that no configuration has is one line that names those there are.
+  """`app.run` where flags or a configuration file that cannot be are one line with the mend.
 
   `GATEDFM_TRACEBACK=1` shows the traceback.
   """
 
   def parse(argv: list[str]) -> list[str]:
     try:
-      return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError) as e:
+      return flags.FLAGS(argv)
+    except (KeyError, AttributeError, flags.Error) as e:
       if os.environ.get('GATEDFM_TRACEBACK'):
         raise
       raise SystemExit(f'error: {_explain(e)}') from None
@@ -37,11 +37,16 @@ def run(main: Callable[[list[str]], None]) -> None:
 _UNKNOWN_FIELD = (
   r"Field (?P<field>\S+) not found on dataclass <class '\S+\.(?P<name>\w+)'>",
   r"'(?P<name>\w+)' object has no attribute '(?P<field>\w+)'",
+  r"(?P<name>\w+)\.__init__\(\) got an unexpected keyword argument '(?P<field>\w+)'",
 )
 
 
 def _explain(error: Exception) -> str:
-  """One line on what a `--config` flag or its file asks for that is not there, and where."""
+  """One line on what a flag or a configuration file asks for that is not there, and where."""
+  # ml_collections puts the traceback of its file's TypeErrors and ValueErrors in the message.
+  flag = re.match(r'flag (--.+): Error whilst parsing config file', str(error))
+  if flag:
+    error = error.__context__.__context__
   message = str(error.args[0]) if error.args else ''
   place = _place(error)
   for pattern in _UNKNOWN_FIELD:
@@ -50,7 +55,13 @@ def _explain(error: Exception) -> str:
     if fields:
       what = f'{found["name"]} has no field {found["field"]}; it has {", ".join(fields)}'
       return f'{place or "--config"}: {what}'
-  return f'{place}: {error!r}' if place else f'--config: there is no {message!r}'
+  if place:
+    return f'{place}: {message if isinstance(error, ValueError) else repr(error)}'
+  if flag:
+    return f'{flag[1]}: {message}; what follows the colon is the argument of get_config'
+  if isinstance(error, flags.Error):
+    return f'{message} (--help shows all flags)'
+  return f'--config: there is no {message!r}'
 
 
 def _place(error: Exception) -> str:

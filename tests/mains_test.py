@@ -65,6 +65,17 @@ def test_required_flags(name):
       "error: only is 'foo'",
     ),
     ('train', (f'--config={CONFIGS}/nothing.py', '--workdir=a'), 'No such file or directory'),
+    (
+      'train',
+      (f'--config={CONFIGS}/base.py:huge', '--workdir=a'),
+      ": owsm size is 'huge'; choose one of base, small, medium",
+    ),
+    (
+      'train',
+      (f'--config={CONFIGS}/tiny.py:foo', '--workdir=a'),
+      f'error: --config={CONFIGS}/tiny.py:foo: get_config() takes 0 positional arguments but 1 '
+      'was given; what follows the colon is the argument of get_config',
+    ),
   ],
 )
 def test_wrong_arguments(name, arguments, message):
@@ -92,6 +103,9 @@ def test_a_sweep_on_several_hosts_is_refused(name, value, monkeypatch):
   [
     ('cfg.optimizer.warmpu = 20', 'OptimizerConfig has no field warmpu; it has name, peak_lr, '),
     ("{}['there']", "KeyError('there')"),
+    ('TrainConfig(stepz=5)', 'TrainConfig has no field stepz; it has name, seed, steps, '),
+    ("cfg.name = 'a' + 1", 'TypeError('),
+    ('cfg.steps = 0; cfg.validate()', 'steps is 0; it must be at least 1'),
     ('cfg.optimizer.warmup.steps', "AttributeError(\"'int' object has no attribute 'steps'\")"),
   ],
 )
