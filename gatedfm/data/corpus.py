@@ -75,7 +75,11 @@ def open_features(opened: Sequence[Source], data_dir: Path) -> list[features.Fea
 
 
 def make_assets(config: pipeline.DataConfig, vocab: int, data_dir: Path, skip_bad: bool) -> Assets:
-  """Trains the tokenizer and gathers feature statistics on the training split alone."""
+  """Trains the tokenizer and gathers feature statistics on the training split alone.
+
+  Raises:
+    DataError: data that cannot be had, or a vocabulary that does not fit its texts.
+  """
   train = open_sources(config, 'train', data_dir, skip_bad)
   targets = {t[3:] for t in config.tasks if t.startswith('st_')}
   texts, languages = [], set(targets)
@@ -85,7 +89,10 @@ def make_assets(config: pipeline.DataConfig, vocab: int, data_dir: Path, skip_ba
       if record.text:
         texts.append(text.normalize(record.text))
       texts += [text.normalize(record.translations[t]) for t in targets & set(record.translations)]
-  tokenizer = Tokenizer.train(sorted(texts), vocab, sorted(languages), config.tasks)
+  try:
+    tokenizer = Tokenizer.train(sorted(texts), vocab, sorted(languages), config.tasks)
+  except ValueError as e:
+    raise DataError(f'vocab: {e}') from e
   caches = open_features(train, data_dir)
   stats = features.FeatureStats.of(c.get(i) for c in caches for i in range(len(c)))
   return Assets(tokenizer, stats)

@@ -135,9 +135,7 @@ def _assets(cfg: TrainConfig, workdir: Path, data_dir: Path) -> corpus.Assets:
     if parent:
       corpus.Assets.load(Path(parent) / corpus.ASSETS).save(folder)
     else:
-      with _naming('vocab'):
-        assets = corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad)
-      assets.save(folder)
+      corpus.make_assets(cfg.data, cfg.vocab, data_dir, cfg.skip_bad).save(folder)
   return corpus.Assets.load(folder)
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 
 from gatedfm.data import corpus, pipeline
+from gatedfm.data.types import DataError
 from gatedfm.trainers import checkpoints, log, loop
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.checkpoints import CheckpointError
@@ -327,9 +328,19 @@ def test_impossible_values_are_refused_before_anything_is_compiled(
 ):
   owner, _, name = field.rpartition('.')
   setattr(getattr(cfg, owner) if owner else cfg, name, value)
-  with pytest.raises(ConfigError, match=message):
+  with pytest.raises((ConfigError, DataError), match=message):
     loop.train(cfg, tmp_path / 'run')
   assert not fake.states
+
+
+def test_what_features_say_is_not_taken_for_the_vocabulary(cfg, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise ValueError('no such band')
+
+  monkeypatch.setattr(corpus, 'open_features', refuse)
+  with pytest.raises(ValueError, match='^no such band') as raised:
+    loop.train(cfg, tmp_path / 'run')
+  assert raised.type is ValueError
 
 
 @pytest.mark.parametrize('gates', [False, True])
