@@ -262,9 +262,14 @@ def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
 
 
 def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, dict[str, float]]:
-  """Point minus parent for every metric's mean, with its paired 95% bootstrap interval."""
+  """Point minus parent for every metric's mean, with its paired 95% bootstrap interval.
+
+  Over the utterances that both scored: tokenizers may differ in which texts are too long.
+  """
   key = lambda r: (r['id'], r['task'])
-  a, b = (quality.counts(sorted(x, key=key)) for x in (mine, baseline))
+  both = set(map(key, mine)) & set(map(key, baseline))
+  common = lambda rows: sorted((r for r in rows if key(r) in both), key=key)
+  a, b = (quality.counts(common(rows)) for rows in (mine, baseline))
   out = {}
   for name in a:
     i = metrics.difference_interval(a[name], b[name])

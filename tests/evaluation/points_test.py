@@ -285,3 +285,15 @@ def test_the_report_takes_the_summary(swept, runs, tmp_path):
   for name in ('dense', 'gated', 'svg'):
     assert name in html
   assert 'gated' in report.table(json.loads((runs / 'summary.json').read_text()))
+
+
+def test_differences_are_over_what_both_points_scored():
+  """Another tokenizer may leave another text out as too long."""
+  row = lambda i, said: {
+    'id': str(i), 'task': 'asr', 'language': 'fra',
+    'reference': 'abcd', 'hypothesis': said, 'ctc': said,
+  }  # fmt: skip
+  mine = [row(0, 'abcd'), row(1, 'abc'), row(2, '')]
+  baseline = [row(3, ''), row(1, 'ab'), row(0, 'abcd')]
+  differences = points._differences(mine, baseline)
+  assert differences['cer']['value'] == pytest.approx(1 / 8 - 2 / 8)
