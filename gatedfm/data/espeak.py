@@ -8,11 +8,14 @@ import _ctypes
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
+import json
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +132,8 @@ def load(
 ) -> store.StoredSource:
   """Opens a set of synthetic speech, reading it aloud the first time.
 
+  Other records or another version of espeak-ng make another set.
+
   Voices of the validation and test splits are not heard in training.
 
   Args:
@@ -146,7 +151,8 @@ def load(
   splits.check_split(split)
   jobs = _jobs([p for p in parallels if p.split == split], languages, voices, seed, split)
   records = [_record(name, parallel, language, v) for parallel, language, v in jobs]
-  content = '\n'.join([f'{_FORMAT}', f'{seed}', *(f'{r.id} {r.text}' for r in records)])
+  rows = (json.dumps(dataclasses.asdict(r), sort_keys=True) for r in records)
+  content = '\n'.join([f'{_FORMAT}', metadata.version('espeakng-loader'), f'{seed}', *rows])
   digest = hashlib.sha256(content.encode()).hexdigest()[:16]
   folder = data_dir / 'espeak' / f'{name.replace(":", "-")}-{split}-{digest}'
   if not folder.exists():

@@ -96,6 +96,21 @@ def test_source_reads_each_text_once_per_voice_and_is_stored(tmp_path, monkeypat
   assert again.fingerprint == source.fingerprint
 
 
+def test_a_stored_set_is_of_its_translations_and_of_a_version(tmp_path, monkeypatch):
+  read = []
+  silence = lambda records, seed: [read.append(r) or (r, np.zeros(9, np.int16)) for r in records]
+  monkeypatch.setattr(espeak, '_read_aloud', silence)
+  load = lambda *texts: espeak.load('train', tmp_path, 'mine', texts, ['fra']).records
+  load(TEXTS[1])
+  two = Parallel('b', {'eng': 'a pair', 'fra': 'deux'}, 'two', 'train')
+  assert load(two)[0].translations == {'eng': 'a pair'}
+  assert load(TEXTS[1])[0].translations == {'eng': 'two'}
+  assert len(read) == 2
+  monkeypatch.setattr(espeak.metadata, 'version', lambda _: '0')
+  load(two)
+  assert len(read) == 3
+
+
 def test_test_voices_are_not_heard_in_training(tmp_path):
   source = espeak.load('test', tmp_path, 'mine', TEXTS, ['fra'], voices=3)
   assert {r.speaker for r in source.records} <= set(espeak.TEST_VARIANTS)
