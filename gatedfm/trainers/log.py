@@ -44,7 +44,8 @@ class Log:
   Args:
     workdir: where.
     step: step that the run starts from: what stands in the file beyond it belongs to steps
-      that a killed run did not save, and is dropped, since they are about to be run again.
+      that a killed run did not save, and is dropped, since they are about to be run again;
+      TensorBoard is told to hide its events.
     tensorboard: whether to write events too.
   """
 
@@ -57,7 +58,7 @@ class Log:
     if tensorboard:
       import tensorboardX
 
-      self._events = tensorboardX.SummaryWriter(str(workdir / 'events'))
+      self._events = tensorboardX.SummaryWriter(str(workdir / 'events'), purge_step=step + 1)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Appends one row; values are host floats under slash names."""

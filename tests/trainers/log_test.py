@@ -1,8 +1,10 @@
 """Metrics files that survive kills, and times for people."""
 
 import json
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from gatedfm.trainers import log
 
@@ -36,6 +38,22 @@ def test_events_are_written_where_wanted(tmp_path):
   with_events.write(1, {'train/loss': 1.0})
   with_events.close()
   assert list((tmp_path / 'events').iterdir())
+
+
+def events(path):
+  """The events of a file: each in a frame of its length, a checksum, itself, a checksum."""
+  content = path.read_bytes()
+  while content:
+    (size,) = struct.unpack('<Q', content[:8])
+    yield event_pb2.Event.FromString(content[12 : 12 + size])
+    content = content[16 + size :]
+
+
+def test_events_that_will_be_written_again_are_purged(tmp_path):
+  log.Log(tmp_path, 4, tensorboard=True).close()
+  (path,) = (tmp_path / 'events').iterdir()
+  started = [e for e in events(path) if e.HasField('session_log')]
+  assert [(e.step, e.session_log.status) for e in started] == [(5, event_pb2.SessionLog.START)]
 
 
 @pytest.mark.parametrize(
