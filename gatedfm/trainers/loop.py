@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -64,22 +64,29 @@ def resolve_dtype(name: str) -> str:
 def _alone(workdir: Path) -> Iterator[None]:
   """Holds the workdir's lock, which ends with the process however it ends.
 
+  The processes of one training share that of the first.
+
   Raises:
-    WorkdirError: another process holds it.
+    WorkdirError: another training holds it; in all of them, so that none waits for the first.
   """
-  if jax.process_index() > 0:  # the processes of one training share the workdir
-    yield
-    return
   with (workdir / LOCK).open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise WorkdirError(
-        f'{workdir}: another process trains here; wait for it or stop it'
-      ) from None
-    except OSError as e:  # some network file systems have no locks
-      say(f'{workdir} cannot be locked ({e}): start no second training there')
+    mine = jax.process_index() > 0 or _lock(file)
+    if jax.process_count() > 1:
+      mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    if not mine:
+      raise WorkdirError(f'{workdir}: another process trains here; wait for it or stop it')
     yield
+
+
+def _lock(file: IO[str]) -> bool:
+  """Locks a file; False where another process has done so."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as e:  # some network file systems have no locks
+    say(f'{file.name} cannot be locked ({e}): start no second training there')
+  return True
 
 
 def _check_owner(cfg: TrainConfig, workdir: Path) -> None:

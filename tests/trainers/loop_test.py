@@ -259,7 +259,7 @@ def test_one_process_at_a_time_trains_in_a_workdir(cfg, fake, tmp_path, monkeypa
   with monkeypatch.context() as patch:
     patch.setattr(fcntl, 'flock', lambda *_: os.stat('/nowhere'))
     loop.train(cfg, tmp_path)
-  assert f'{tmp_path} cannot be locked' in capsys.readouterr().out
+  assert f'{tmp_path}/{loop.LOCK} cannot be locked' in capsys.readouterr().out
 
 
 def test_operation_may_change(tone_data, fake, dense_run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 The reference is one process with two devices: random numbers follow the layout of a batch.
 """
 
+import fcntl
 import json
 import signal
 import socket
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gatedfm.trainers import checkpoints
+from gatedfm.trainers import checkpoints, loop
 
 
 def start(tone_data, workdir):
@@ -61,3 +62,11 @@ def test_two_processes_stop_together_and_end_like_one(tone_data, tmp_path):
   assert [r['step'] for r in rows if 'train/loss' in r] == list(range(1, tiny_run.STEPS + 1))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, checkpoints.load_params(workdir), checkpoints.load_params(tmp_path / 'one'))
+
+
+def test_a_workdir_in_use_is_refused_by_every_process(tone_data, tmp_path):
+  with (tmp_path / loop.LOCK).open('w') as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for process in start(tone_data, tmp_path):
+      _, err = tiny_run.finish(process, 1)
+      assert f'error: {tmp_path}: another process trains here' in err
