@@ -6,7 +6,6 @@ and Ito (2008), "Color Universal Design", told apart with any colour vision.
 """
 
 import io
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,9 @@ from typing import Any
 import matplotlib
 import matplotlib.colors
 import numpy as np
-from absl import logging
 from matplotlib import figure as figures
 
-from gatedfm import atomic
+from gatedfm import atomic, json_lines
 from gatedfm.analysis import gate_maps
 
 # Text and axes. An odd black, so that `to_svg` can tell it from others and let a dark
@@ -56,17 +54,11 @@ Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Reads a metrics.jsonl: {name: (steps, values)}, steps ascending.
 
-  A run that was killed leaves torn lines, which are skipped with a warning, and after its
-  resumption logs some steps again, of which the last counts.
+  A run logs some steps again after its resumption, of which the last counts.
   """
   points = {}
-  for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-    try:
-      row = json.loads(line)
-      step = int(row.pop('step'))
-    except (ValueError, KeyError, AttributeError):
-      logging.warning('%s: line %d is torn and skipped', path, number)
-      continue
+  for row in json_lines.read(Path(path)):
+    step = row.pop('step')
     for name, value in row.items():
       if isinstance(value, int | float):
         points.setdefault(name, {})[step] = value

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gatedfm import atomic
+from gatedfm import atomic, json_lines
 
 
 def say(message: str) -> None:
@@ -25,17 +25,6 @@ def duration(seconds: float) -> str:
   minutes, s = divmod(round(max(seconds, 0)), 60)
   hours, m = divmod(minutes, 60)
   return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """The lines of a metrics file; a last line torn by a kill is dropped."""
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
 
 
 class Log:
@@ -51,7 +40,7 @@ class Log:
 
   def __init__(self, workdir: Path, step: int, tensorboard: bool):
     self._path = workdir / 'metrics.jsonl'
-    rows = [r for r in read_metrics(self._path) if r['step'] <= step]
+    rows = [r for r in json_lines.read(self._path) if r['step'] <= step]
     atomic.write_text(self._path, ''.join(json.dumps(r) + '\n' for r in rows))
     self._file = open(self._path, 'a')  # noqa: SIM115
     self._events = None

@@ -6,6 +6,7 @@ import struct
 import pytest
 from tensorboardX.proto import event_pb2
 
+from gatedfm import json_lines
 from gatedfm.trainers import log
 
 
@@ -18,19 +19,15 @@ def test_rows_that_will_run_again_are_dropped(tmp_path):
   first.close()
   with open(path, 'a') as file:
     file.write('{"step": 6, "train/lo')
-  assert [r['step'] for r in log.read_metrics(path)] == [1, 2, 3, 4, 5, 4]
+  assert [r['step'] for r in json_lines.read(path)] == [1, 2, 3, 4, 5, 4]
 
   second = log.Log(tmp_path, 4, tensorboard=False)
-  assert [r['step'] for r in log.read_metrics(path)] == [1, 2, 3, 4, 4]
+  assert [r['step'] for r in json_lines.read(path)] == [1, 2, 3, 4, 4]
   second.write(5, {'train/loss': 0.25})
   second.close()
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [r['step'] for r in rows] == [1, 2, 3, 4, 4, 5]
   assert rows[-1]['train/loss'] == 0.25
-
-
-def test_no_metrics_yet(tmp_path):
-  assert log.read_metrics(tmp_path / 'metrics.jsonl') == []
 
 
 def test_events_are_written_where_wanted(tmp_path):
