@@ -14,7 +14,7 @@ from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.loop import WorkdirError
 
 CONFIGS = 'configs/gated_speech'
-MAINS = ('train', 'evaluate', 'transcribe', 'sweep')
+MAINS = ('train', 'evaluate', 'transcribe', 'sweep', 'report')
 
 
 def run(*arguments, **variables):
@@ -43,6 +43,7 @@ def test_required_flags(name):
     ('evaluate', ('--checkpoint=a', '--spilt=test'), 'Unknown command line flag'),
     ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
     ('transcribe', ('--checkpoint=a',), 'no audio files given'),
+    ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),
     (
@@ -138,6 +139,8 @@ TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')
     (('train', f'--config={CONFIGS}/tiny.py', '--workdir=README.md'), "File exists: 'README.md'"),
     (('data.europarl_st', '--root=nowhere', '--out=b'), 'no de/TARGET of en, de, fr, it below'),
     (('data.fleurs', '--root=nowhere', '--out=b', '--languages=fr_fr'), 'corpus unpacked whole?'),
+    (('report', '--summary=nothing'), 'No such file or directory'),
+    (('report', '--summary=pyproject.toml'), 'pyproject.toml is no summary: Expecting'),
   ],
 )
 def test_errors_are_one_line(arguments, message):

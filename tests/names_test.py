@@ -1,6 +1,7 @@
-"""Names that our code takes from our own modules exist: no path that tests miss can lack one."""
+"""What our code imports of its own: names that exist, and no module through others itself."""
 
 import ast
+import graphlib
 import importlib
 import types
 from pathlib import Path
@@ -50,3 +51,15 @@ def test_a_missing_name_is_seen():
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_names_exist(path):
   assert missing(path.read_text(encoding='utf-8')) == []
+
+
+def test_no_module_imports_itself_through_others():
+  """Also not where a function imports it, which only hides a cycle."""
+  names = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for path in FILES}
+  imports = {}
+  for name, path in names.items():
+    nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+    taken = (n for n in nodes if isinstance(n, ast.ImportFrom))
+    both = {x for n in taken for a in n.names for x in (n.module, f'{n.module}.{a.name}')}
+    imports[name] = both & names.keys()
+  graphlib.TopologicalSorter(imports).prepare()

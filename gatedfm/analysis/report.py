@@ -1,7 +1,5 @@
 """Turns summary.json into a table for the terminal and a report.html.
 
-  python -m gatedfm.analysis.report --summary=runs/quickstart/summary.json [--markdown]
-
 The report is one file without any link to elsewhere. Error rates, accuracies, sparsities
 and time ratios are fractions in the summary and per cent in both outputs; BLEU and chrF
 run from 0 to 100 as they stand. What the summary lacks, or holds as null, shows as '–'.
@@ -15,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from absl import app, flags
 from matplotlib import figure as figures
 
-from gatedfm import atomic, mains
+from gatedfm import atomic
 from gatedfm.analysis import gate_maps, plots, report_page
 
 SCHEMA = 1
@@ -229,6 +226,11 @@ def write_report(
   atomic.write_text(out_path, html)
 
 
+def tables(summary: Mapping[str, Any]) -> list[tuple[str, Rows]]:
+  """All tables of text cells, titled, the results first."""
+  return [('Results', results(summary)), *_details(summary)]
+
+
 def _details(summary) -> list[tuple[str, Rows]]:
   """Titled tables beside the main one."""
   tables = [('Difference to the parent, with its 95% interval', differences(summary))]
@@ -305,33 +307,3 @@ def _curves(summary, folder: Path) -> dict[str, plots.Curves]:
     first = next(iter(summary['points']))
     curves = {name: curves[name] for name in (first, best) if name in curves}
   return curves
-
-
-def main(argv: list[str]) -> None:
-  """Writes the report, and the figures where a folder for them is named."""
-  mains.no_arguments(argv)
-  path = mains.folder(flags.FLAGS.summary)
-  try:
-    summary = load(path)
-  except (OSError, ValueError) as e:
-    raise SystemExit(f'error: {e}') from None
-  if flags.FLAGS.markdown:
-    for title, rows in [('Results', results(summary)), *_details(summary)]:
-      print(f'### {title}\n\n{markdown(rows)}\n')
-    return
-  out = mains.folder(flags.FLAGS.out or str(path.with_name('report.html')))
-  write_report(path, out)
-  if flags.FLAGS.figures:
-    for name, figure in make_figures(summary, path.parent).items():
-      for suffix in ('svg', 'png'):
-        plots.save(figure, mains.folder(flags.FLAGS.figures) / f'{name}.{suffix}')
-  print(table(summary))
-  print(f'\n{out}')
-
-
-if __name__ == '__main__':
-  flags.DEFINE_string('summary', None, 'The summary.json of a run.', required=True)
-  flags.DEFINE_string('out', None, 'Where to write; report.html beside the summary.')
-  flags.DEFINE_bool('markdown', False, 'Print all tables in Markdown, and write nothing.')
-  flags.DEFINE_string('figures', None, 'Folder for the figures as SVG and PNG, if wanted.')
-  app.run(main)

@@ -1,12 +1,10 @@
 import collections
-import contextlib
 import copy
 import html.parser
 import json
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -35,15 +33,6 @@ class _Page(html.parser.HTMLParser):
 
   def handle_data(self, data):
     self.text.append(data)
-
-
-@contextlib.contextmanager
-def flags(summary):
-  """The command's flags, with this path."""
-  values = types.SimpleNamespace(summary=str(summary), out=None, markdown=False, figures=None)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report.flags, 'FLAGS', values)
-    yield
 
 
 def _write(summary, tmp_path):
@@ -194,7 +183,7 @@ def test_command_line(summary, tmp_path):
   path = tmp_path / 'summary.json'
   path.write_text(json.dumps(summary))
   result = subprocess.run(
-    [sys.executable, '-m', 'gatedfm.analysis.report', f'--summary={path}']
+    [sys.executable, '-m', 'gatedfm.report', f'--summary={path}']
     + [f'--figures={tmp_path / "figures"}'],
     check=True,
     capture_output=True,
@@ -213,24 +202,17 @@ def test_command_line(summary, tmp_path):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (None, 'No such file or directory'),
     ('{"schema": 1', 'summary.json is no summary: Expecting'),
     ('[]', 'summary.json is no summary, which is a JSON object'),
     ('{"schema": 0}', 'summary.json has schema 0 and points []: evaluate again'),
   ],
 )
-def test_what_is_no_summary_is_one_line(tmp_path, content, message):
+def test_what_is_no_summary_is_refused_in_one_line(tmp_path, content, message):
   path = tmp_path / 'summary.json'
-  if content is not None:
-    path.write_text(content)
-  with pytest.raises(SystemExit, match=f'^error: .*{re.escape(message)}') as stopped, flags(path):
-    report.main(['report'])
-  assert '\n' not in str(stopped.value)
-
-
-def test_stray_arguments_are_refused(tmp_path):
-  with pytest.raises(SystemExit, match='unknown arguments'), flags(tmp_path / 'summary.json'):
-    report.main(['report', 'out.html'])
+  path.write_text(content)
+  with pytest.raises(ValueError, match=re.escape(message)) as refused:
+    report.load(path)
+  assert '\n' not in str(refused.value)
 
 
 def test_the_page_names_the_split(summary, tmp_path):
@@ -254,3 +236,10 @@ def test_differences_to_the_parent(summary, tmp_path):
 
 def test_markdown():
   assert report.markdown([['a', 'b'], ['1', '2']]) == '| a | b |\n|---|---|\n| 1 | 2 |'
+
+
+def test_tables_have_the_results_first(summary):
+  (title, rows), *others = report.tables(summary)
+  assert title == 'Results'
+  assert rows == report.results(summary)
+  assert 'Closed modules by site, %' in dict(others)
