@@ -257,8 +257,8 @@ def _git_revision() -> str:
 
 
 def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:
-  text = (workdir / f'outputs_{split}.jsonl').read_text(encoding='utf-8')
-  return [json.loads(x) for x in text.splitlines()]
+  with (workdir / f'outputs_{split}.jsonl').open(encoding='utf-8') as lines:
+    return [json.loads(line) for line in lines]
 
 
 def _differences(mine: Sequence[dict], baseline: Sequence[dict]) -> dict[str, dict[str, float]]:

@@ -287,6 +287,13 @@ def test_the_report_takes_the_summary(swept, runs, tmp_path):
   assert 'gated' in report.table(json.loads((runs / 'summary.json').read_text()))
 
 
+def test_outputs_end_at_newlines_alone(tmp_path):
+  row = {'id': 'a\u2028b', 'hypothesis': 'c\x85d'}
+  path = tmp_path / 'outputs_test.jsonl'
+  path.write_text(2 * (json.dumps(row, ensure_ascii=False) + '\n'), encoding='utf-8')
+  assert points._outputs(tmp_path, 'test') == [row, row]
+
+
 def test_differences_are_over_what_both_points_scored():
   """Another tokenizer may leave another text out as too long."""
   row = lambda i, said: {
