@@ -1,6 +1,8 @@
 """Files replaced in one step: readers see the old one or the new one, never a half.
 
-Writers may be many: threads, processes, and hosts that share a file system.
+Writers may be many: threads, processes, and hosts that share a file system. One that is killed
+leaves a folder `.NAME.*` beside the file, which the next cannot clear away: it may be that of a
+writer still at work.
 """
 
 import os
