@@ -34,6 +34,7 @@ _COLUMNS = (
   ('ms/utt', 'seconds_per_utterance/median', 1000, '.2f'),
   ('time %', 'time_ratio', 100, '.1f'),
   ('MiB', 'peak_memory_bytes', 2**-20, '.0f'),
+  ('compile s', 'compile_seconds', 1, '.0f'),
 )
 # Title, key of a point, factor, format of the tables that go into detail.
 _DETAILS = (
@@ -101,9 +102,11 @@ def table(summary: Mapping[str, Any]) -> str:
   Columns: mean error rates (also of the CTC output alone), BLEU and chrF, accuracy of
   language identification on the same and on another source (LID*), closed modules, their
   MACs, all MACs for a second of audio, median time for an utterance, time relative to the
-  first point's, peak memory.
+  first point's, memory of the largest program, seconds to compile (or to load what was compiled
+  before) and to pass over the timed utterances once.
   """
-  return f'{aligned(results(load(summary)))}\nLID*: another source\n\n{headline(summary)}'
+  notes = 'LID*: another source. Texts are compared in lower case without punctuation.'
+  return f'{aligned(results(load(summary)))}\n{notes}\n\n{headline(summary)}'
 
 
 def differences(summary: Mapping[str, Any]) -> Rows:

@@ -50,7 +50,7 @@ def _splits(
     'max_frames': LONGEST,
     'loss_weights': (),  # of the trained tasks, which `other` does not have
     'max_tokens': cfg.model.max_tokens,
-    'num_buckets': 3,
+    'num_buckets': 2,
     'batch_frames': max(cfg.data.batch_frames, LONGEST + 8),  # rounded up to a multiple of 8
   }
   data = dataclasses.replace(cfg.data, bucket_frames=(), **whole)
@@ -197,6 +197,7 @@ def summarize(
   number: int = 40,
   rounds: int = 5,
   longest: int = 256,
+  execution: str = 'skip',
 ) -> dict[str, Any]:
   """Evaluates and times all points and writes `summary.json` in `workdir`.
 
@@ -205,6 +206,8 @@ def summarize(
       without a parent.
     other, split, data_dir: see `evaluate`.
     number, rounds, longest: utterances per task, passes and longest frames for timing.
+    execution: how gated points are timed, `skip` or `static`; a model without gates is one
+      program, which has nothing to skip.
   """
   quality_of = {}
   for name, path in points.items():
@@ -216,9 +219,13 @@ def summarize(
   languages = corpus.Assets.load(points[baseline] / corpus.ASSETS).tokenizer.languages
   utterances = timing_utterances(cfg, languages, folder, split, number, longest)
   say(f'time: {len(points)} points side by side on {len(utterances)} utterances x {rounds} rounds')
-  recognizers = {name: Recognizer.load(path, 'skip') for name, path in points.items()}
+  executions = {
+    name: execution if load_train_config(path).model.gates.enabled else 'skip'
+    for name, path in points.items()
+  }
+  recognizers = {name: Recognizer.load(path, executions[name]) for name, path in points.items()}
   times = timing.side_by_side(recognizers, utterances, rounds)
-  rows = {name: quality_of[name] | times[name] for name in points}
+  rows = {name: quality_of[name] | times[name] | {'execution': executions[name]} for name in points}
   outputs = {name: _outputs(points[name], split) for name in points}
   for name in points:
     # A gated point is compared with the dense model that it was made of.

@@ -29,6 +29,8 @@ class SweepConfig:
     other: source for language identification away from the training source; '' = none.
     split: what the summary reports; `validation` while anything is still being chosen.
     timed: utterances per task for timing; rounds: passes over them; longest: in frames.
+    execution: how gated points are timed: `skip`, one program for all gates, or `static`, a
+      program per gate pattern, faster and each to be compiled.
     data_dir: '' is `$GATEDFM_DATA` or the user's cache.
   """
 
@@ -38,11 +40,13 @@ class SweepConfig:
   timed: int = 40
   rounds: int = 5
   longest: int = 256
+  execution: str = 'skip'
   data_dir: str = ''
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, before anything is trained."""
     choice('split', self.split, SPLITS)
+    choice('execution', self.execution, ('skip', 'static'))
     if not self.points:
       raise ConfigError('a sweep needs at least one point')
     if self.timed < 1 or self.rounds < 1:
@@ -52,6 +56,11 @@ class SweepConfig:
     names, compared = list(self.points), _compared(next(iter(self.points.values())))
     for i, (name, point) in enumerate(self.points.items()):
       point.validate()
+      if self.execution == 'static' and point.model.gates.scope == 'layer':
+        raise ConfigError(
+          f'{name}.model.gates.scope is layer, but execution is static, which needs the gates of '
+          'a stack before it runs: time with skip'
+        )
       if self.other and 'lid' not in point.data.tasks:
         raise ConfigError(f'other is {self.other}, but {name} has no task lid: drop one')
       if point.init_from in names[i:]:
@@ -113,7 +122,7 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   paths = {name: workdir / name for name in cfg.points}
   summary = points.summarize(
     paths, workdir, other=cfg.other, split=cfg.split, data_dir=cfg.data_dir,
-    number=cfg.timed, rounds=cfg.rounds, longest=cfg.longest,
+    number=cfg.timed, rounds=cfg.rounds, longest=cfg.longest, execution=cfg.execution,
   )  # fmt: skip
   report.write_report(summary, workdir / 'report.html')
   say(report.table(summary))

@@ -47,23 +47,23 @@ def side_by_side(
   """Times every point on every utterance.
 
   Args:
-    recognizers: by point name, `skip` execution; ratios refer to the first.
+    recognizers: by point name, `skip` or `static` execution; ratios refer to the first.
     utterances: timed one by one, batch 1.
     rounds: passes over the utterances; the order of the points alternates.
 
   Returns: per point `seconds_per_utterance` (median over utterances of the median over
     rounds, quartiles over utterances), `time_ratio` (sum over utterances, of the medians),
-    `time_ratio_by_task`, `compile_seconds` of all shapes, `peak_memory_bytes` of the largest
-    program.
+    `time_ratio_by_task`, `compile_seconds` of all shapes and patterns (with a first pass over
+    the utterances), `peak_memory_bytes` of the largest program.
   """
   compile_seconds = {}
-  by_length = {recognizer_lib.bucket(int(features.num_frames(len(u.audio)))): u for u in utterances}
+  lengths = {recognizer_lib.bucket(int(features.num_frames(len(u.audio)))) for u in utterances}
   for name, recognizer in recognizers.items():
     start = time.perf_counter()
-    compiling.wait([p for frames in by_length for p in recognizer.prepare(1, frames)], say)
-    compile_seconds[name] = time.perf_counter() - start
-    for u in by_length.values():  # what happens only the first time
+    compiling.wait([p for frames in sorted(lengths) for p in recognizer.prepare(1, frames)], say)
+    for u in utterances:  # every length, and under `static` every pattern
       jax.block_until_ready(run_once(recognizer, u))
+    compile_seconds[name] = time.perf_counter() - start
 
   names = list(recognizers)
   seconds = {n: np.zeros((rounds, len(utterances))) for n in names}

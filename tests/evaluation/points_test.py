@@ -262,6 +262,7 @@ def test_the_summary_compares_points(swept, runs):
   assert sum(row['utterances'] for row in summary['data']['test'].values()) == 8
   dense, same, gated = summary['points'].values()
   assert dense['time_ratio'] == 1
+  assert [row['execution'] for row in (dense, same, gated)] == ['skip', 'skip', 'static']
   assert gated['time_ratio'] > 0
   assert gated['utterances'] == 2 * len(TASKS)
   assert sorted(gated['time_ratio_by_task']) == sorted(TASKS)

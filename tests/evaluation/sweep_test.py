@@ -49,6 +49,18 @@ def test_points_that_cannot_be_compared_are_refused(tone_data, section, field, v
     cfg.validate()
 
 
+def test_static_timing_needs_gates_decided_before_a_stack(tone_data):
+  cfg = tiny_run.sweep(tone_data)
+  cfg.execution = 'static'
+  cfg.validate()
+  cfg.points['gated'].model.gates.scope = 'layer'
+  with pytest.raises(ConfigError, match=r'gated.model.gates.scope is layer.*time with skip'):
+    cfg.validate()
+  cfg.execution = 'mask'
+  with pytest.raises(ConfigError, match='execution'):
+    cfg.validate()
+
+
 @pytest.mark.parametrize('missing', ['split', 'other'])
 def test_data_to_evaluate_on_is_opened_before_training(tone_data, tmp_path, training, missing):
   training('raise SystemExit("trains")')
