@@ -30,7 +30,7 @@ def gated(dense: TrainConfig, target: float, steps: int) -> TrainConfig:
 def get_config() -> SweepConfig:
   """Dense, and about half of the modules closed."""
   dense = tiny.get_config()
-  cfg = gated(dense, 0.5, 400)
+  cfg = gated(dense, 0.5, 500)
   # Two shapes less to compile.
   cfg.data.num_buckets, cfg.data.max_frames, cfg.data.max_tokens = 2, 256, 64
   return SweepConfig(

@@ -17,13 +17,13 @@ def get_config() -> TrainConfig:
   """E-Branchformer 3 x 128 with a one-layer decoder, nine languages."""
   return TrainConfig(
     name='tiny',
-    steps=1500,
+    steps=2200,
     vocab=170,
     # CTC aligns long before the decoder listens, and joint decoding leans on it.
     ctc_weight=0.6,
     log_every=50,
-    eval_every=750,
-    checkpoint_every=375,
+    eval_every=1100,
+    checkpoint_every=550,
     model=SpeechConfig(
       d=128,
       heads=4,
