@@ -141,7 +141,7 @@ def clear_errors() -> Iterator[None]:
   from gatedfm.data.types import DataError
   from gatedfm.models.speech_config import ConfigError
   from gatedfm.trainers.checkpoints import CheckpointError
-  from gatedfm.trainers.loop import WorkdirError
+  from gatedfm.trainers.workdirs import WorkdirError
 
   # A folder that a flag or a variable names and that cannot be made or written to.
   folders = (PermissionError, FileExistsError, NotADirectoryError)

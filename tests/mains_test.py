@@ -11,7 +11,7 @@ from gatedfm import mains
 from gatedfm.data.types import DataError
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers.checkpoints import CheckpointError
-from gatedfm.trainers.loop import WorkdirError
+from gatedfm.trainers.workdirs import WorkdirError
 
 CONFIGS = 'configs/gated_speech'
 MAINS = ('train', 'evaluate', 'transcribe', 'sweep', 'report')

@@ -28,7 +28,7 @@ from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError
 from gatedfm.evaluation import quality, timing
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
-from gatedfm.trainers import checkpoints
+from gatedfm.trainers import checkpoints, workdirs
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError
 from gatedfm.trainers.log import say
@@ -247,7 +247,7 @@ def summarize(
     'headline': _headline(rows),
   }
   atomic.write_text(
-    workdir / 'summary.json', json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
+    workdir / workdirs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
   )
   return summary
 

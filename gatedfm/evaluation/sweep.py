@@ -14,7 +14,7 @@ from typing import Any
 
 from gatedfm.data import corpus, sources
 from gatedfm.data.types import SPLITS
-from gatedfm.trainers import log
+from gatedfm.trainers import log, workdirs
 from gatedfm.trainers.config import ConfigError, TrainConfig, choice
 from gatedfm.trainers.log import say
 
@@ -104,11 +104,14 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
 
   Raises:
     ConfigError: an impossible configuration.
+    WorkdirError: the workdir of a single training.
     DataError: data to evaluate on that cannot be had; nothing is trained then.
     SystemExit: a training failed or was stopped; its own message says why.
   """
   start = time.perf_counter()
-  _open_data(check(cfg))
+  check(cfg)
+  workdirs.refuse_single(workdir)
+  _open_data(cfg)
   workdir.mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(cfg.points):
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
@@ -171,6 +174,7 @@ def train_point(cfg: SweepConfig, workdir: Path, name: str) -> None:
   from gatedfm.trainers import loop
 
   choice('only', name, tuple(check(cfg).points))
+  workdirs.refuse_single(workdir)
   train = cfg.points[name]
   train.name = name
   train.data_dir = train.data_dir or cfg.data_dir

@@ -159,6 +159,11 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
     return ocp.load(path, {'params': target}, checkpointable_name='state')['params']
 
 
+def runs_in(folder: Path) -> list[Path]:
+  """The workdirs of training runs in a folder, such as the points of a sweep."""
+  return sorted(path.parent for path in folder.glob(f'*/{CONFIG}'))
+
+
 def load_config(workdir: Path) -> dict[str, Any]:
   """The configuration that a workdir was trained with, as plain data.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,17 +21,13 @@ from gatedfm import atomic, compiling, partitioning
 from gatedfm.data import corpus, pipeline, sources
 from gatedfm.data.types import DataError
 from gatedfm.models.gate_predictor import GATE_MODULES
-from gatedfm.trainers import checkpoints, log, optimizer, step, throughput
+from gatedfm.trainers import checkpoints, log, optimizer, step, throughput, workdirs
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
 from gatedfm.trainers.log import say
+from gatedfm.trainers.workdirs import WorkdirError
 
 DATA = 'data.json'  # what a workdir was trained on
-LOCK = '.lock'  # held by who trains in a workdir
-
-
-class WorkdirError(ValueError):
-  """A workdir of another configuration or process, or whose data has changed."""
 
 
 class Stopped(SystemExit):
@@ -58,49 +53,6 @@ def resolve_dtype(name: str) -> str:
     return 'bfloat16'
   cpuinfo = Path('/proc/cpuinfo')
   return 'bfloat16' if cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text() else 'float32'
-
-
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-  """Holds the workdir's lock, which ends with the process however it ends.
-
-  The processes of one training share that of the first.
-
-  Raises:
-    WorkdirError: another training holds it; in all of them, so that none waits for the first.
-  """
-  with (workdir / LOCK).open('w') as file:
-    mine = jax.process_index() > 0 or _lock(file)
-    if jax.process_count() > 1:
-      mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
-    if not mine:
-      raise WorkdirError(f'{workdir}: another process trains here; wait for it or stop it')
-    yield
-
-
-def _lock(file: IO[str]) -> bool:
-  """Locks a file; False where another process has done so."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError as e:  # some network file systems have no locks
-    say(f'{file.name} cannot be locked ({e}): start no second training there')
-  return True
-
-
-def _check_owner(cfg: TrainConfig, workdir: Path) -> None:
-  """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
-  if not (workdir / checkpoints.CONFIG).exists():
-    return
-  # A field that is newer than the workdir had its default there.
-  before = config_lib.from_dict(TrainConfig, checkpoints.load_config(workdir))
-  saved, mine = config_lib.to_dict(before), config_lib.to_dict(cfg)
-  if changed := config_lib.differences(saved, mine):
-    raise WorkdirError(
-      f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
-      + '\nChoose another --workdir, or remove this one to start over.'
-    )  # fmt: skip
 
 
 def _settle_sources(cfg: TrainConfig, workdir: Path, data_dir: Path) -> None:
@@ -287,6 +239,7 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
                       'several points with python -m gatedfm.sweep')  # fmt: skip
   cfg.validate()
   workdir = Path(workdir)
+  workdirs.refuse_several(workdir)
   cfg.init_from, cfg.continue_from = map(os.path.expanduser, (cfg.init_from, cfg.continue_from))
   for parent in filter(None, (cfg.init_from, cfg.continue_from)):
     checkpoints.load_config(Path(parent))
@@ -295,10 +248,10 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
   workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(_alone(workdir))
+    stack.enter_context(workdirs.alone(workdir))
     _settle_sources(cfg, workdir, data_dir)
     cfg = complete(cfg, _assets(cfg, workdir, data_dir))
-    _check_owner(cfg, workdir)
+    workdirs.check_owner(cfg, workdir)
     stack.enter_context(partitioning.activate(mesh))
     ckpt = stack.enter_context(checkpoints.Checkpoints(workdir, cfg.keep))
     if ckpt.latest is not None and ckpt.latest >= cfg.steps:

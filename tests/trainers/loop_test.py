@@ -15,10 +15,10 @@ import tiny_run
 
 from gatedfm.data import corpus, pipeline
 from gatedfm.data.types import DataError
-from gatedfm.trainers import checkpoints, log, loop
-from gatedfm.trainers import config as config_lib
+from gatedfm.trainers import checkpoints, log, loop, workdirs
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.config import ConfigError
+from gatedfm.trainers.workdirs import WorkdirError
 
 
 class FakeStep:
@@ -139,7 +139,7 @@ def test_changed_data_is_not_resumed_on(cfg, fake, tone_data, tmp_path):
     loop.train(cfg, tmp_path / 'run')
   manifest.write_text(''.join(manifest.read_text().splitlines(keepends=True)[1:]))
   before = content(tmp_path / 'run')
-  with pytest.raises(loop.WorkdirError, match='has changed since .*run began.*continue_from='):
+  with pytest.raises(WorkdirError, match='has changed since .*run began.*continue_from='):
     loop.train(cfg, tmp_path / 'run')
   assert content(tmp_path / 'run') == before
 
@@ -219,7 +219,7 @@ def test_the_workdir_of_another_configuration_is_refused(cfg, fake, dense_run, t
   workdir = copied(dense_run, tmp_path)
   before = content(workdir)
   cfg.optimizer.peak_lr, cfg.vocab = 0.5, 99
-  with pytest.raises(loop.WorkdirError) as error:
+  with pytest.raises(WorkdirError) as error:
     loop.train(cfg, workdir)
   message = str(error.value)
   for line in (
@@ -233,33 +233,23 @@ def test_the_workdir_of_another_configuration_is_refused(cfg, fake, dense_run, t
   assert not fake.states
 
 
-def test_a_field_newer_than_the_workdir_had_its_default_there(cfg, tmp_path):
-  older = config_lib.to_dict(cfg)
-  del older['data']['source_weights']
-  (tmp_path / checkpoints.CONFIG).write_text(json.dumps(older))
-  loop._check_owner(cfg, tmp_path)
-  cfg.data.source_weights = (0.5,) * len(cfg.data.sources)
-  with pytest.raises(loop.WorkdirError, match=r'data\.source_weights: \[\] -> \[0\.5'):
-    loop._check_owner(cfg, tmp_path)
-
-
 def test_one_process_at_a_time_trains_in_a_workdir(cfg, fake, tmp_path, monkeypatch, capsys):
   cfg.steps = 1
-  with (tmp_path / loop.LOCK).open('w') as other:
+  with (tmp_path / workdirs.LOCK).open('w') as other:
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(loop.WorkdirError, match=f'{tmp_path}: another process trains here'):
+    with pytest.raises(WorkdirError, match=f'{tmp_path}: another process trains here'):
       loop.train(cfg, tmp_path)
-    assert list(content(tmp_path)) == [tmp_path / loop.LOCK]
+    assert list(content(tmp_path)) == [tmp_path / workdirs.LOCK]
     # The other processes of a training that spans several share the first one's lock.
     with monkeypatch.context() as patch:
       patch.setattr(jax, 'process_index', lambda: 1)
-      with loop._alone(tmp_path):
+      with workdirs.alone(tmp_path):
         pass
   loop.train(cfg, tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(fcntl, 'flock', lambda *_: os.stat('/nowhere'))
     loop.train(cfg, tmp_path)
-  assert f'{tmp_path}/{loop.LOCK} cannot be locked' in capsys.readouterr().out
+  assert f'{tmp_path}/{workdirs.LOCK} cannot be locked' in capsys.readouterr().out
 
 
 def test_operation_may_change(tone_data, fake, dense_run, tmp_path, capsys):

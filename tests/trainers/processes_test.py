@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gatedfm.trainers import checkpoints, loop
+from gatedfm.trainers import checkpoints, workdirs
 
 
 def start(tone_data, workdir):
@@ -65,7 +65,7 @@ def test_two_processes_stop_together_and_end_like_one(tone_data, tmp_path):
 
 
 def test_a_workdir_in_use_is_refused_by_every_process(tone_data, tmp_path):
-  with (tmp_path / loop.LOCK).open('w') as other:
+  with (tmp_path / workdirs.LOCK).open('w') as other:
     fcntl.flock(other, fcntl.LOCK_EX)
     for process in start(tone_data, tmp_path):
       _, err = tiny_run.finish(process, 1)

@@ -1,0 +1,86 @@
+"""Whose a workdir is: a single training's or a sweep's, of which configuration and process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gatedfm.trainers import checkpoints
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.log import say
+
+LOCK = '.lock'  # held by who trains in a workdir
+SUMMARY = 'summary.json'  # of a sweep
+
+
+class WorkdirError(ValueError):
+  """A workdir of another configuration, process or purpose, or whose data has changed."""
+
+
+def refuse_several(workdir: Path) -> None:
+  """Raises WorkdirError where a single training is to begin in the folder of a sweep."""
+  if (workdir / checkpoints.CONFIG).exists():
+    return
+  runs = checkpoints.runs_in(workdir)
+  if runs or (workdir / SUMMARY).exists():
+    own = f', or the folder of a point, such as {runs[0]}' if runs else ''
+    raise WorkdirError(f'{workdir} is the folder of a sweep: give another --workdir{own}')
+
+
+def refuse_single(workdir: Path) -> None:
+  """Raises WorkdirError where a sweep is to begin in the workdir of a single training."""
+  if (workdir / checkpoints.CONFIG).exists():
+    raise WorkdirError(
+      f'{workdir} is the workdir of a single training: give another --workdir to the sweep'
+    )
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+  """Holds the workdir's lock, which ends with the process however it ends.
+
+  The processes of one training share that of the first.
+
+  Raises:
+    WorkdirError: another training holds it; in all of them, so that none waits for the first.
+  """
+  with (workdir / LOCK).open('w') as file:
+    mine = jax.process_index() > 0 or _lock(file)
+    if jax.process_count() > 1:
+      mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    if not mine:
+      raise WorkdirError(f'{workdir}: another process trains here; wait for it or stop it')
+    yield
+
+
+def _lock(file: IO[str]) -> bool:
+  """Locks a file; False where another process has done so."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as e:  # some network file systems have no locks
+    say(f'{file.name} cannot be locked ({e}): start no second training there')
+  return True
+
+
+def check_owner(cfg: TrainConfig, workdir: Path) -> None:
+  """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
+  if not (workdir / checkpoints.CONFIG).exists():
+    return
+  # A field that is newer than the workdir had its default there.
+  before = config_lib.from_dict(TrainConfig, checkpoints.load_config(workdir))
+  saved, mine = config_lib.to_dict(before), config_lib.to_dict(cfg)
+  if changed := config_lib.differences(saved, mine):
+    raise WorkdirError(
+      f'{workdir} belongs to another configuration:\n  ' + '\n  '.join(changed)
+      + '\nChoose another --workdir, or remove this one to start over.'
+    )  # fmt: skip

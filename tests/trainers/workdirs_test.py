@@ -1,0 +1,54 @@
+"""Whose a workdir is: what trainings and sweeps refuse of each other."""
+
+import json
+
+import pytest
+import tiny_run
+
+from gatedfm.evaluation import sweep
+from gatedfm.trainers import checkpoints, loop, workdirs
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.workdirs import WorkdirError
+
+
+@pytest.mark.parametrize('left', ['dense/config.json', 'summary.json'])
+def test_no_single_training_in_the_folder_of_a_sweep(tone_data, tmp_path, left):
+  path = tmp_path / left
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('{}')
+  with pytest.raises(WorkdirError) as error:
+    loop.train(tiny_run.dense(tone_data), tmp_path)
+  message = str(error.value)
+  assert message.startswith(f'{tmp_path} is the folder of a sweep: give another --workdir')
+  assert (f'such as {tmp_path}/dense' in message) == left.startswith('dense')
+  assert [p for p in tmp_path.rglob('*') if p.is_file()] == [path]
+
+
+def test_a_training_with_others_below_it_goes_on(tmp_path):
+  """As where runs came to stand in its workdir later."""
+  for folder in (tmp_path, tmp_path / 'dense'):
+    folder.mkdir(exist_ok=True)
+    (folder / checkpoints.CONFIG).write_text('{}')
+  workdirs.refuse_several(tmp_path)
+
+
+def test_no_sweep_in_the_workdir_of_a_single_training(tone_data, tmp_path):
+  (tmp_path / checkpoints.CONFIG).write_text('{}')
+  cfg = tiny_run.sweep(tone_data)
+  message = f'{tmp_path} is the workdir of a single training: give another --workdir'
+  with pytest.raises(WorkdirError, match=message):
+    sweep.run(cfg, tmp_path)
+  with pytest.raises(WorkdirError, match=message):
+    sweep.train_point(cfg, tmp_path, 'dense')
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_field_newer_than_the_workdir_had_its_default_there(tone_data, tmp_path):
+  cfg = tiny_run.dense(tone_data)
+  older = config_lib.to_dict(cfg)
+  del older['data']['source_weights']
+  (tmp_path / checkpoints.CONFIG).write_text(json.dumps(older))
+  workdirs.check_owner(cfg, tmp_path)
+  cfg.data.source_weights = (0.5,) * len(cfg.data.sources)
+  with pytest.raises(WorkdirError, match=r'data\.source_weights: \[\] -> \[0\.5'):
+    workdirs.check_owner(cfg, tmp_path)
