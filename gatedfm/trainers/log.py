@@ -66,10 +66,14 @@ class Log:
 class Clock:
   """Seconds that a workdir has taken, and the time that is left at the pace of its steps."""
 
-  def __init__(self, step: int, steps: int, seconds: float):
-    self._first, self._steps, self._before = step, steps, seconds
-    self._paused = 0.0
+  def __init__(self, steps: int, seconds: float):
+    self._steps, self._before = steps, seconds
     self._start = time.perf_counter()
+    self.begin(0)
+
+  def begin(self, step: int) -> None:
+    """The pace is that of the steps after this one."""
+    self._first, self._paused = step, time.perf_counter() - self._start
 
   def pause(self, seconds: float) -> None:
     """Takes `seconds` (of compiling or evaluating) out of the pace."""
@@ -81,9 +85,8 @@ class Clock:
     return self._before + time.perf_counter() - self._start
 
   def eta(self, step: int) -> float:
-    """Seconds to the last step at the pace so far."""
-    done = max(step - self._first, 1)
-    pace = (time.perf_counter() - self._start - self._paused) / done
+    """Seconds to the last step at the pace so far; `step` is later than that of `begin`."""
+    pace = (time.perf_counter() - self._start - self._paused) / (step - self._first)
     return pace * (self._steps - step)
 
 

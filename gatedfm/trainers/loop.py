@@ -300,7 +300,7 @@ def _run(
   )
   main = jax.process_index() == 0
   logger = log.Log(workdir, first, cfg.tensorboard) if main else None
-  clock = log.Clock(first, cfg.steps, progress['seconds'])
+  clock = log.Clock(cfg.steps, progress['seconds'])
   programs: dict[tuple[int, ...], list[futures.Future]] = {}
   pending: tuple[int, Any, np.ndarray] | None = None
   window = throughput.Window(cfg)
@@ -344,6 +344,10 @@ def _run(
       settle()
       pending = (at, metrics, batch['index'])
       window.count(batch)
+      if at == first + 1:  # it waits for the first batch and much else: no pace to go by
+        settle()
+        clock.begin(at)
+        window.begin()
       if at % cfg.log_every == 0 or at in (1, cfg.steps):
         settle()
         values = window.close()

@@ -17,11 +17,13 @@ class Window:
 
   def __init__(self, cfg: TrainConfig):
     self._cfg = cfg
+    self._peak = log.peak_flops(cfg.model.dtype) * jax.device_count()  # measured, so before steps
     self._cost: dict[tuple[int, int], float] = {}
-    self._reset()
-
-  def _reset(self) -> None:
     self._rows: list[dict[str, float]] = []
+    self.begin()
+
+  def begin(self) -> None:
+    """The throughput is that of the steps counted from now on."""
     self._utterances, self._macs = 0, 0.0
     self._start = time.perf_counter()
 
@@ -43,17 +45,19 @@ class Window:
     self._rows.append(values)
 
   def close(self) -> dict[str, float]:
-    """The interval's means and speed; the next interval begins."""
+    """The interval's means, and its speed where steps were counted; the next interval begins."""
     seconds = time.perf_counter() - self._start
     out = {f'train/{k}': float(np.mean([r[k] for r in self._rows])) for k in self._rows[0]}
-    # Forward and backward: three times the forward's multiply-accumulates, two FLOPs each.
-    flops = 6 * self._macs / seconds
-    out |= {
-      'speed/utterances_per_second': self._utterances / seconds,
-      'speed/tflops': flops / 1e12,
-      'speed/mfu': flops / (log.peak_flops(self._cfg.model.dtype) * jax.device_count()),
-    }
-    self._reset()
+    if self._utterances:
+      # Forward and backward: three times the forward's multiply-accumulates, two FLOPs each.
+      flops = 6 * self._macs / seconds
+      out |= {
+        'speed/utterances_per_second': self._utterances / seconds,
+        'speed/tflops': flops / 1e12,
+        'speed/mfu': flops / self._peak,
+      }
+    self._rows = []
+    self.begin()
     return out
 
 
@@ -72,9 +76,11 @@ def brief(prefix: str, values: dict[str, float]) -> str:
 
 
 def line(cfg: TrainConfig, at: int, values: dict[str, float], clock: log.Clock) -> str:
-  """The console line of a step."""
+  """The console line of a step; without speed and ETA where `values` have no speed."""
+  out = f'step {at}/{cfg.steps} {100 * at // cfg.steps}% | {brief("train", values)[7:]}'
+  if 'speed/mfu' not in values:
+    return out
   return (
-    f'step {at}/{cfg.steps} {100 * at // cfg.steps}% | {brief("train", values)[7:]} | '
-    f'{values["speed/utterances_per_second"]:.0f} utt/s | MFU {values["speed/mfu"]:.0%} | '
+    f'{out} | {values["speed/utterances_per_second"]:.0f} utt/s | MFU {values["speed/mfu"]:.0%} | '
     f'ETA {log.duration(clock.eta(at))}'
   )

@@ -63,8 +63,10 @@ def test_durations(seconds, text):
 def test_clock_leaves_pauses_out_of_the_pace(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(log.time, 'perf_counter', lambda: now[0])
-  clock = log.Clock(step=10, steps=30, seconds=50.0)
+  clock = log.Clock(steps=30, seconds=50.0)
+  now[0] += 1000  # a first step, with all that it waits for
+  clock.begin(10)
   now[0] += 25
   clock.pause(5)
-  assert clock.seconds == 75
+  assert clock.seconds == 1075
   assert clock.eta(20) == 20  # 10 steps in 20 s, 10 to go

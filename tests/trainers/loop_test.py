@@ -279,8 +279,8 @@ def test_logged_values_are_means_and_do_not_depend_on_resumption(cfg, fake, tmp_
   assert list(rows(tmp_path, 'validation/loss')) == [4, 8]
 
 
-def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkeypatch):
-  """By a clock that stands still but for a second a step and what is slow."""
+def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkeypatch, capsys):
+  """By a clock that stands still but for a second a step and what is slow, as the first step."""
   now = [0.0]
   monkeypatch.setattr(loop.time, 'perf_counter', lambda: now[0])
   monkeypatch.setattr(log, 'peak_flops', lambda _: 1.0)  # it measures by the same clock
@@ -288,7 +288,7 @@ def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkey
 
   class Slow(FakeStep):
     def __call__(self, *args):
-      passes(1)
+      passes(1 if self.states else 500)
       return super().__call__(*args)
 
   evaluate = lambda *_: passes(1000) or {'validation/loss': 1.0}
@@ -298,9 +298,12 @@ def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkey
   monkeypatch.setattr(FakeEvaluator, '__call__', evaluate)
   cfg.steps, cfg.log_every, cfg.eval_every = 6, 3, 2
   loop.train(cfg, tmp_path)
-  assert now[0] == 6 + 3 * 1000 + 2 * 100
+  assert now[0] == 500 + 5 + 3 * 1000 + 2 * 100
   speed = rows(tmp_path, 'speed/utterances_per_second')
-  assert speed == {1: 8.0, 3: 8.0, 6: 8.0}
+  assert speed == {3: 8.0, 6: 8.0}
+  lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith('step ')]
+  assert lines[0] == 'step 1/6 16% | loss 1.000'
+  assert lines[1].endswith('ETA 0:03')
 
 
 @pytest.mark.parametrize(
