@@ -69,13 +69,21 @@ class Programs:
     )
 
 
-def wait(programs: Sequence[futures.Future], tell: Callable[[str], None]) -> None:
-  """Waits for programs, telling every `INTERVAL` how many are missing; raises what failed."""
+def wait(
+  programs: Sequence[futures.Future], tell: Callable[[str], None], what: str = 'programs'
+) -> None:
+  """Waits for programs, telling every `INTERVAL` how many are missing; raises what failed.
+
+  Args:
+    programs: what `Programs.prepare` returned.
+    tell: is given the lines.
+    what: the programs are called there.
+  """
   start, waiting = time.perf_counter(), list(programs)
   while waiting:
     _, waiting = futures.wait(waiting, timeout=INTERVAL)
     if waiting:
       seconds = time.perf_counter() - start
-      tell(f'compiling: {len(waiting)} of {len(programs)} programs to go after {seconds:.0f} s')
+      tell(f'compiling: {what} to go: {len(waiting)} of {len(programs)} after {seconds:.0f} s')
   for program in programs:
     program.result()

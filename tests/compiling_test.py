@@ -73,5 +73,5 @@ def test_waiting_tells_and_raises(monkeypatch):
 
   monkeypatch.setattr(compiling, 'INTERVAL', 0.01)
   with pytest.raises(ValueError, match='does not compile'):
-    compiling.wait(prepared, tell)
-  assert told[0].startswith('compiling: 1 of 1 programs to go after 0 s')
+    compiling.wait(prepared, tell, 'programs for this batch')
+  assert told[0] == 'compiling: programs for this batch to go: 1 of 1 after 0 s'

@@ -331,13 +331,15 @@ def _run(
       began = time.perf_counter()
       if not programs:  # a first step soon, the other programs beside those that follow
         shapes = [s for s in train_split.shapes if s.frames == shape[1]]
-        say(f'compiling: {len(train_split.shapes) + 1} programs, first those of the first batch')
+        # A gradient for each shape, and one update; validation has programs of its own.
+        more = len(train_split.shapes) - len(shapes) + len(validation_split.shapes)
+        say(f'compiling: programs for the first batch: {len(shapes) + 1}; later ones: {more}')
         programs = _prepare(train_step, state, gating_now, shapes, mesh)
       elif at == first + 2:
         programs |= _prepare(train_step, state, gating_now, train_split.shapes, mesh)
         evaluate.prepare(state.params, gating_now)
       if programs[shape]:
-        compiling.wait(programs[shape], say)
+        compiling.wait(programs[shape], say, 'programs for this batch')
         programs[shape] = []
         pause(time.perf_counter() - began)
       state, metrics = train_step(state, _on_device(batch, mesh), gating_now)

@@ -306,6 +306,17 @@ def test_speed_leaves_evaluation_and_compilation_out(cfg, fake, tmp_path, monkey
   assert lines[1].endswith('ETA 0:03')
 
 
+def test_lines_on_compiling_count_the_same(cfg, fake, tmp_path, monkeypatch, capsys):
+  """Two shapes to train on and one to validate on: what is announced is what is waited for."""
+  waited, cfg.steps, cfg.data.num_buckets = [], 1, 2
+  fake.prepare = lambda *_: ['gradient', 'update']
+  monkeypatch.setattr(loop.compiling, 'wait', lambda *args: waited.append((args[0], args[2])))
+  loop.train(cfg, tmp_path)
+  line = 'compiling: programs for the first batch: 2; later ones: 2\n'
+  assert line in capsys.readouterr().out
+  assert waited == [(['gradient', 'update'], 'programs for this batch')]
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
