@@ -17,6 +17,7 @@ Only audio and language are needed.
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -269,6 +270,12 @@ def _stamp(path: str) -> list[int]:
   return [stat.st_mtime_ns, stat.st_size]
 
 
+@functools.cache
+def _warn(report: str) -> None:
+  """Logs a report once, however many splits are opened."""
+  logging.warning('skipping bad lines of %s', report)
+
+
 def load(
   path: Path,
   split: str,
@@ -283,7 +290,7 @@ def load(
     path: the manifest.
     split: 'train', 'validation' or 'test'.
     data_dir: the cache folder.
-    skip_bad: leave out bad lines, and log the report, instead of raising it.
+    skip_bad: leave out bad lines, and log the report once, instead of raising it.
     max_seconds: see `check`.
     max_chars: see `check`.
 
@@ -294,8 +301,11 @@ def load(
   report = check(path, data_dir, max_seconds, max_chars)
   if report.problems:
     if not skip_bad:
-      raise ManifestError(f'{report}\n  mend these lines, or skip them with skip_bad')
-    logging.warning('skipping bad lines of %s', report)
+      raise ManifestError(
+        f'{report}\n  mend these lines, or skip them with --config.skip_bad '
+        '(--config.points.NAME.skip_bad in a sweep)'
+      )
+    _warn(str(report))
   entries = [entry for entry in report.entries if entry.split == split]
   if not entries:
     raise ManifestError(

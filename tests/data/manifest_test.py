@@ -99,15 +99,17 @@ def test_all_bad_lines_are_told_before_anything_else(folder):
   assert 'line 20:' in message
   assert 'line 21:' not in message
   assert f'and {len(BAD) - 20} more' in message
-  assert 'skip_bad' in message
+  assert 'skip them with --config.skip_bad' in message
 
 
-def test_skip_bad_goes_on_with_the_good_lines_and_logs_the_others(folder, caplog):
-  path = write(folder, GOOD | {'split': 'train'}, GOOD | {'audio': 'gone.wav'})
+def test_skip_bad_goes_on_with_the_good_lines_and_logs_the_others_once(folder, caplog):
+  path = write(folder, *[GOOD | {'split': s} for s in ('train', 'test')], GOOD | {'audio': 'no'})
   with caplog.at_level(logging.WARNING):
-    source = manifest.load(path, 'train', folder / 'cache', skip_bad=True)
-  assert [record.id for record in source.records] == ['line 1']
-  assert 'line 2: missing file' in caplog.text
+    for number, split in enumerate(('train', 'test'), start=1):
+      source = manifest.load(path, split, folder / 'cache', skip_bad=True)
+      assert [record.id for record in source.records] == [f'line {number}']
+  (message,) = caplog.messages
+  assert 'line 3: missing file' in message
 
 
 def test_duplicate_ids_are_bad(folder):
