@@ -99,6 +99,8 @@ def probe(path: Path) -> Probe:
   length (ogg, webm of browsers) ends where it ends. Only the last frames are decoded where
   soundfile reads the file, and all of it where ffmpeg does.
   """
+  if path.is_dir():
+    return Probe(0, f'{path} is a folder, not an audio file')
   if not path.is_file():
     return Probe(0, f'missing file {path}')
   if not path.stat().st_size:

@@ -112,7 +112,8 @@ def check(
     with open(path, encoding='utf-8-sig') as file:
       lines = {n: line for n, line in enumerate(file, start=1) if line.strip()}
   except (OSError, UnicodeDecodeError) as error:
-    raise ManifestError(f'cannot read the manifest {path}: {error}') from error
+    why = getattr(error, 'strerror', None) or error  # without the path once more
+    raise ManifestError(f'cannot read the manifest {path}: {why}') from error
   if not lines:
     raise ManifestError(f'the manifest {path} is empty')
   parsed, problems, seen = {}, {}, {}

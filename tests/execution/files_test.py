@@ -120,6 +120,7 @@ def test_a_language_is_identified_once(stereo):
   ('content', 'message'),
   [
     (None, '^missing file$'),
+    ('a folder', '^is a folder, not an audio file$'),
     (b'', '^empty file$'),
     (b'no audio at all', '^undecodable audio: '),
     (np.zeros(800), r'^too short: 0\.05 s, at least 0\.1 s are needed$'),
@@ -129,7 +130,9 @@ def test_a_language_is_identified_once(stereo):
 )
 def test_files_that_cannot_be_transcribed(tmp_path, content, message):
   path = tmp_path / 'bad.wav'
-  if isinstance(content, bytes):
+  if isinstance(content, str):
+    path.mkdir()
+  elif isinstance(content, bytes):
     path.write_bytes(content)
   elif content is not None:
     soundfile.write(path, content, 16_000, 'FLOAT')
