@@ -168,9 +168,13 @@ def load_config(workdir: Path) -> dict[str, Any]:
   """The configuration that a workdir was trained with, as plain data.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: there is none, or no such folder, or it is one of runs, which are named.
   """
   path = workdir / CONFIG
-  if not path.exists():
-    raise CheckpointError(f'{workdir} has no config.json; give the workdir of a training run')
-  return json.loads(path.read_text())
+  if path.exists():
+    return json.loads(path.read_text())
+  if not workdir.exists():
+    raise CheckpointError(f'{workdir} does not exist; give the workdir of a training run')
+  if runs := runs_in(workdir):
+    raise CheckpointError(f'{workdir} holds several runs; give one of {", ".join(map(str, runs))}')
+  raise CheckpointError(f'{workdir} has no {CONFIG}; give the workdir of a training run')

@@ -103,3 +103,18 @@ def test_not_a_workdir(tmp_path):
     checkpoints.load_params(tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps({'steps': 3}))
   assert checkpoints.load_config(tmp_path) == {'steps': 3}
+
+
+def test_a_folder_of_runs_names_them(tmp_path):
+  for name in ('gated', 'dense'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'config.json').write_text('{}')
+  (tmp_path / 'notes').mkdir()
+  message = f'holds several runs; give one of {tmp_path}/dense, {tmp_path}/gated$'
+  with pytest.raises(CheckpointError, match=message):
+    checkpoints.load_config(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+  with pytest.raises(CheckpointError, match='nothing does not exist; give the workdir'):
+    checkpoints.load_config(tmp_path / 'nothing')

@@ -210,7 +210,7 @@ def test_parameters_that_do_not_fit_are_named(fake, tone_data, dense_run, tmp_pa
 @pytest.mark.parametrize('name', ['init_from', 'continue_from'])
 def test_a_parent_that_is_not_there(cfg, tmp_path, name):
   setattr(cfg, name, str(tmp_path / 'nothing'))
-  with pytest.raises(CheckpointError, match='nothing has no config.json'):
+  with pytest.raises(CheckpointError, match='nothing does not exist; give the workdir'):
     loop.train(cfg, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
