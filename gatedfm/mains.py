@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   def parse(argv: list[str]) -> list[str]:
     try:
       return flags.FLAGS(argv)
-    except (KeyError, AttributeError, flags.Error) as e:
+    except (KeyError, AttributeError, OSError, flags.Error) as e:
       if os.environ.get('GATEDFM_TRACEBACK'):
         raise
       raise SystemExit(f'error: {_explain(e)}') from None
@@ -44,6 +44,8 @@ _UNKNOWN_FIELD = (
 def _explain(error: Exception) -> str:
   """One line on what a flag or a configuration file asks for that is not there, and where."""
   # ml_collections puts the traceback of its file's TypeErrors and ValueErrors in the message.
+  if isinstance(error, OSError):
+    return _unread(error)
   flag = re.match(r'flag (--.+): Error whilst parsing config file', str(error))
   if flag:
     error = error.__context__.__context__
@@ -62,6 +64,15 @@ def _explain(error: Exception) -> str:
   if isinstance(error, flags.Error):
     return f'{message} (--help shows all flags)'
   return f'--config: there is no {message!r}'
+
+
+def _unread(error: OSError) -> str:
+  """One line on a configuration file that cannot be read, or that cannot read another."""
+  cause = error.__cause__ or error  # ml_collections tells it at the first use of the flag
+  if place := _place(cause):
+    return f'{place}: {cause}'
+  found = re.search(r'\[Errno \d+\] (.+)', str(cause))
+  return f'--config: {found[1] if found else cause}'
 
 
 def _place(error: Exception) -> str:
@@ -91,7 +102,7 @@ def loaded(config: Any) -> Any:
   try:
     getattr(config, 'name', None)  # what stands for a file that failed to load raises here
   except OSError as e:
-    raise ConfigError(str(e).strip()) from None
+    raise ConfigError(_unread(e)) from None
   return config
 
 

@@ -65,7 +65,6 @@ def test_required_flags(name):
       (f'--config={CONFIGS}/quickstart.py', '--workdir=a', '--only=foo'),
       "error: only is 'foo'",
     ),
-    ('train', (f'--config={CONFIGS}/nothing.py', '--workdir=a'), 'No such file or directory'),
     (
       'train',
       (f'--config={CONFIGS}/base.py:huge', '--workdir=a'),
@@ -84,6 +83,13 @@ def test_wrong_arguments(name, arguments, message):
   assert result.returncode
   assert message in result.stderr
   assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('more', [(), ('--config.steps=5',)])
+def test_a_missing_config_file_is_one_line(more):
+  result = run('gatedfm.train', f'--config={CONFIGS}/nothing.py', '--workdir=a', *more)
+  assert result.returncode == 1
+  assert result.stderr == f"error: --config: No such file or directory: '{CONFIGS}/nothing.py'\n"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,7 @@ def test_a_sweep_on_several_hosts_is_refused(name, value, monkeypatch):
     ('TrainConfig(stepz=5)', 'TrainConfig has no field stepz; it has name, seed, steps, '),
     ("cfg.name = 'a' + 1", 'TypeError('),
     ('cfg.steps = 0; cfg.validate()', 'steps is 0; it must be at least 1'),
+    ("open('there')", "[Errno 2] No such file or directory: 'there'"),
     ('cfg.optimizer.warmup.steps', "AttributeError(\"'int' object has no attribute 'steps'\")"),
   ],
 )
