@@ -13,7 +13,11 @@ from gatedfm import mains
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.')
 _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Which split.')
 _OTHER = flags.DEFINE_string('other', '', 'Source for language identification elsewhere.')
-_DATA = flags.DEFINE_string('data_dir', '', 'Where data is prepared.')
+_DATA = flags.DEFINE_string(
+  'data_dir',
+  '',
+  'Where data is prepared; empty: as in training, else $GATEDFM_DATA or ~/.cache/gatedfm.',
+)
 _CTC_WEIGHT = flags.DEFINE_float(
   'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
 )

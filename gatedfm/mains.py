@@ -25,6 +25,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   def parse(argv: list[str]) -> list[str]:
     try:
       return flags.FLAGS(argv)
+    except SystemExit as e:  # absl ends --help, which it answers here, with 1
+      raise SystemExit(e.code if _place(e) else 0) from None
     except (KeyError, AttributeError, OSError, flags.Error) as e:
       if os.environ.get('GATEDFM_TRACEBACK'):
         raise
@@ -75,7 +77,7 @@ def _unread(error: OSError) -> str:
   return f'--config: {found[1] if found else cause}'
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
   """File and line of the user's own code that raised, '' where none did."""
   libraries = [sysconfig.get_path(name) for name in ('stdlib', 'purelib', 'platlib')]
   others = (Path(__file__).parent, *map(Path, libraries))

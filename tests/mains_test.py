@@ -26,8 +26,15 @@ def run(*arguments, **variables):
 @pytest.mark.parametrize('name', MAINS)
 def test_help_shows_an_example(name):
   result = run(f'gatedfm.{name}', '--help')
+  assert result.returncode == 0
   assert f'Example:\n  python -m gatedfm.{name} --' in result.stdout
   assert 'Traceback' not in result.stderr
+
+
+def test_help_says_where_data_is_prepared():
+  text = ' '.join(run('gatedfm.evaluate', '--help').stdout.split())
+  assert 'Where data is prepared; empty: ' in text
+  assert '$GATEDFM_DATA or ~/.cache/gatedfm' in text
 
 
 @pytest.mark.parametrize('name', MAINS)
