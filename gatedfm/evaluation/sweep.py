@@ -112,7 +112,6 @@ def run(cfg: SweepConfig, workdir: Path) -> None:
   check(cfg)
   workdirs.refuse_single(workdir)
   _open_data(cfg)
-  workdir.mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(cfg.points):
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}')
     command = [sys.executable, '-m', 'gatedfm.sweep', *sys.argv[1:], f'--only={name}']

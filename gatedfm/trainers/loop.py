@@ -246,7 +246,6 @@ def train(cfg: TrainConfig, workdir: Path | str) -> None:
   data_dir = sources.data_folder(cfg.data_dir)
   with _naming('mesh'):
     mesh = partitioning.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model)
-  workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     stack.enter_context(workdirs.alone(workdir))
     _settle_sources(cfg, workdir, data_dir)

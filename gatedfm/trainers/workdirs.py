@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -45,20 +45,40 @@ def refuse_single(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[None]:
-  """Holds the workdir's lock, which ends with the process however it ends.
+  """Makes the workdir and holds its lock, which ends with the process however it ends.
 
-  The processes of one training share that of the first.
+  The processes of one training share that of the first. Folders made here that stay empty,
+  since the training is refused, go again.
 
   Raises:
     WorkdirError: another training holds it; in all of them, so that none waits for the first.
   """
+  made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+  workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open('w') as file:
     mine = jax.process_index() > 0 or _lock(file)
     if jax.process_count() > 1:
       mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
     if not mine:
       raise WorkdirError(f'{workdir}: another process trains here; wait for it or stop it')
-    yield
+    try:
+      yield
+    finally:  # while it is locked
+      if jax.process_index() == 0:
+        _remove_unused(made)
+
+
+def _remove_unused(folders: Sequence[Path]) -> None:
+  """Removes a workdir that holds nothing but its lock, and folders above it that hold nothing.
+
+  Args:
+    folders: the workdir, then those above it, upwards.
+  """
+  if folders and [path.name for path in folders[0].iterdir()] == [LOCK]:
+    (folders[0] / LOCK).unlink()
+    with contextlib.suppress(OSError):  # one that holds something
+      for folder in folders:
+        folder.rmdir()
 
 
 def _lock(file: IO[str]) -> bool:

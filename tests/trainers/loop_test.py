@@ -337,6 +337,18 @@ def test_impossible_values_are_refused_before_anything_is_compiled(
   assert not fake.states
 
 
+@pytest.mark.parametrize('before', [None, 'runs', 'runs/mine', 'runs/mine/notes'])
+def test_a_refused_start_leaves_what_was_there_before(cfg, tmp_path, before):
+  """No folder that it made, and every folder that it did not, also an empty one."""
+  if before:
+    (tmp_path / before).mkdir(parents=True)
+  found = set(tmp_path.rglob('*'))
+  cfg.vocab = 4000
+  with pytest.raises(DataError, match='too large'):
+    loop.train(cfg, tmp_path / 'runs' / 'mine')
+  assert {p for p in tmp_path.rglob('*') if p.name != workdirs.LOCK} == found
+
+
 def test_what_features_say_is_not_taken_for_the_vocabulary(cfg, tmp_path, monkeypatch):
   def refuse(*_):
     raise ValueError('no such band')
