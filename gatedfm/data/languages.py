@@ -1,4 +1,4 @@
-"""Language codes: ISO 639-3 in the project, other codes only where data carry them."""
+"""Language codes: ISO 639-3 in the project, other codes only where people or data write them."""
 
 import re
 
@@ -32,15 +32,15 @@ BY_CODE['cmn'] = 'zho'
 
 
 def check(language: object) -> str:
-  """Returns the code if it is one of ISO 639-3 by its form.
+  """Returns ISO 639-3 for a code of the table (`fr` -> `fra`) or of that form (`fra`).
 
   Raises:
-    DataError: with the right code where it is known ('fr', 'fr_FR' -> 'fra').
+    DataError: anything else, with the right code where it is known ('fr_FR' -> 'fra').
   """
   if isinstance(language, str):
-    if re.fullmatch('[a-z]{3}', language):
-      return language
+    if language in BY_CODE or re.fullmatch('[a-z]{3}', language):
+      return BY_CODE.get(language, language)
     code = re.split('[-_]', language.lower())[0]
     if suggestion := BY_CODE.get(code, code if code in CODES else None):
       raise DataError(f'bad language code {language!r}: write {suggestion!r} (ISO 639-3)')
-  raise DataError(f"bad language code {language!r}: write ISO 639-3, as in 'fra'")
+  raise DataError(f"bad language code {language!r}: write it as in 'fr' or 'fra'")

@@ -3,7 +3,7 @@
 One object per line:
 
   audio                 path, relative to the manifest; what soundfile or ffmpeg reads
-  language              spoken language, ISO 639-3
+  language              spoken language, ISO 639-3; a two-letter code is read as such: 'fr' as 'fra'
   text                  transcript
   translation           object {language: text}, or a string with translation_language
   task                  'asr', 'lid', 'st_eng', ... or a list; all that the fields allow
@@ -160,7 +160,7 @@ def _parse(line: str, max_chars: int) -> dict[str, Any]:
   for name in ('audio', 'text', 'translation_language', 'id', 'speaker', 'group'):
     if not isinstance(fields.get(name, ''), str):
       raise DataError(f'{name!r} should be a string, not {fields[name]!r}')
-  languages.check(fields['language'])
+  fields['language'] = languages.check(fields['language'])
   for name in ('start', 'end'):
     value = fields.get(name, 0)
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -184,15 +184,20 @@ def _translations(fields: Mapping[str, Any]) -> dict[str, str]:
     value = {language: value}
   if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
     raise DataError(f"'translation' should map languages to texts, not {value!r}")
-  return {languages.check(language): text for language, text in value.items()}
+  translations = {languages.check(language): text for language, text in value.items()}
+  if len(translations) < len(value):
+    raise DataError(f"'translation' has a language twice: {', '.join(value)}")
+  return translations
 
 
 def _tasks(fields: Mapping[str, Any]) -> tuple[str, ...]:
   tasks = fields.get('task', [])
   tasks = tasks if isinstance(tasks, list) else [tasks]
-  for task in tasks:
-    if not isinstance(task, str) or not re.fullmatch('asr|lid|st_[a-z]{3}', task):
+  for i, task in enumerate(tasks):
+    if not isinstance(task, str) or not re.fullmatch('asr|lid|st_[a-z]{2,3}', task):
       raise DataError(f"unknown task {task!r}: 'asr', 'lid', or as 'st_eng'")
+    if task.startswith('st_'):
+      tasks[i] = task = f'st_{languages.check(task[3:])}'
     if task == 'asr' and not fields.get('text', '').strip():
       raise DataError("missing field 'text', which the task 'asr' needs")
     if task.startswith('st_') and not fields['translation'].get(task[3:], '').strip():

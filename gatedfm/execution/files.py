@@ -53,9 +53,9 @@ def parse_task(task: str) -> str:
 def parse_language(code: str) -> str:
   """`fr` or `fra` -> `fra` (ISO 639-3); '' stays ''. Raises ConfigError on anything else."""
   try:
-    return languages.check(languages.BY_CODE.get(code, code)) if code else ''
-  except DataError:
-    raise ConfigError(f"bad language code {code!r}: write it as in 'fr' or 'fra'") from None
+    return languages.check(code) if code else ''
+  except DataError as e:
+    raise ConfigError(str(e)) from None
 
 
 def check(recognizer: Recognizer, task: str, language: str, ctc: bool = False) -> None:

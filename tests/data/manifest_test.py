@@ -46,11 +46,12 @@ BAD = [
   ({'language': 'fra'}, "missing field 'audio'"),
   ({'audio': 'a.wav'}, "missing field 'language'"),
   (GOOD | {'text': 5}, "'text' should be a string, not 5"),
-  (GOOD | {'language': 'fr'}, "bad language code 'fr': write 'fra'"),
-  (GOOD | {'language': 'fr_FR'}, "write 'fra'"),
+  (GOOD | {'language': 'fr_FR'}, "bad language code 'fr_FR': write 'fra'"),
+  (GOOD | {'language': 'xx'}, "bad language code 'xx': write it as in 'fr' or 'fra'"),
   (GOOD | {'language': 'French'}, "bad language code 'French'"),
   (GOOD | {'language': 7}, 'bad language code 7'),
-  (GOOD | {'translation': {'en': 'A frog.'}}, "write 'eng'"),
+  (GOOD | {'translation': {'en_GB': 'A frog.'}}, "write 'eng'"),
+  (GOOD | {'translation': {'en': 'A', 'eng': 'B'}}, 'has a language twice: en, eng'),
   (GOOD | {'translation': 'A frog.'}, "add 'translation_language'"),
   (GOOD | {'translation': {'eng': 1}}, 'should map languages to texts'),
   (GOOD | {'text': 'x' * 1001}, 'text of 1001 characters, at most 1000'),
@@ -152,6 +153,21 @@ def test_fields_arrive_in_the_records(folder):
   assert record.num_samples == 8000
   whole = audio_io.load(folder / 'a.wav', 0.25, 0.75)
   np.testing.assert_array_equal(source.audio(0), whole[:8000])
+
+
+def test_two_letters_mean_the_three_of_iso_639_3(folder):
+  spelled = (('fra', 'eng'), ('fr', 'en'))
+  lines = [
+    GOOD | {'language': a, 'translation': {b: 'A frog.'}, 'task': ['asr', f'st_{b}']}
+    for a, b in spelled
+  ]
+  lines.append(GOOD | {'translation': 'A frog.', 'translation_language': 'en'})
+  report = manifest.check(write(folder, *lines), folder / 'cache')
+  assert not report.problems
+  records = [entry.record for entry in report.entries]
+  assert {record.language for record in records} == {'fra'}
+  assert all(record.translations == {'eng': 'A frog.'} for record in records)
+  assert [record.tasks for record in records] == [('asr', 'st_eng'), ('asr', 'st_eng'), ()]
 
 
 def test_only_audio_and_language_are_needed(folder):

@@ -29,8 +29,9 @@ def test_options_are_checked(tmp_path):
     sources.load('espeak?voices=two', 'train', tmp_path)
   with pytest.raises(DataError, match='known are: none'):
     sources.load('stamps?voices=2', 'train', tmp_path)
-  with pytest.raises(DataError, match="bad option 'languages' .* 'fr': write 'fra'"):
-    sources.load('espeak?languages=spa,fr', 'train', tmp_path)
+  with pytest.raises(DataError, match="bad option 'languages' .* 'fr_FR': write 'fra'"):
+    sources.load('espeak?languages=spa,fr_FR', 'train', tmp_path)
+  assert sources.parse('espeak?languages=spa,fr')[1] == {'languages': ('spa', 'fra')}
 
 
 @pytest.mark.parametrize('language', ['ach', 'xyz'])  # with a short code, and without
