@@ -11,7 +11,7 @@ One object per line:
   id, speaker, group    group: lines that must stand in the same split
   split                 'train', 'validation' or 'test'; else by a hash of group or text
 
-Only audio and language are needed.
+Only audio and language are needed. An empty text or translation is bad: leave it out.
 """
 
 import concurrent.futures
@@ -169,7 +169,11 @@ def _parse(line: str, max_chars: int) -> dict[str, Any]:
   if 'split' in fields and fields['split'] not in list(_SPLIT_NAMES):
     raise DataError(f'unknown split {fields["split"]!r}: one of {", ".join(SPLITS)}')
   fields['translation'] = _translations(fields)
-  for text in (fields.get('text', ''), *fields['translation'].values()):
+  texts = {'text': fields['text']} if 'text' in fields else {}
+  texts |= {f'translation into {k}': v for k, v in fields['translation'].items()}
+  for name, text in texts.items():
+    if not text.strip():
+      raise DataError(f'empty {name}: leave it out')
     if len(text) > max_chars:
       raise DataError(f'text of {len(text)} characters, at most {max_chars} are allowed')
   fields['task'] = _tasks(fields)
@@ -198,9 +202,9 @@ def _tasks(fields: Mapping[str, Any]) -> tuple[str, ...]:
       raise DataError(f"unknown task {task!r}: 'asr', 'lid', or as 'st_eng'")
     if task.startswith('st_'):
       tasks[i] = task = f'st_{languages.check(task[3:])}'
-    if task == 'asr' and not fields.get('text', '').strip():
+    if task == 'asr' and 'text' not in fields:
       raise DataError("missing field 'text', which the task 'asr' needs")
-    if task.startswith('st_') and not fields['translation'].get(task[3:], '').strip():
+    if task.startswith('st_') and task[3:] not in fields['translation']:
       raise DataError(f'missing translation into {task[3:]!r}, which {task!r} needs')
   return tuple(tasks)
 
