@@ -46,8 +46,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = None
     sizes[sizes.index(-1)] = len(devices) // max(known, 1)
   if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
     raise ValueError(
-      f'mesh data={data} fsdp={fsdp} model={model} does not fit {len(devices)} devices; '
-      'their product must equal the device count (one may be -1)'
+      f'mesh data={data} fsdp={fsdp} model={model} does not fit the device count '
+      f'{len(devices)}: their product must equal it (one may be -1)'
     )
   # Linen's logical constraints need Auto axes; jax.make_mesh would default to Explicit.
   mesh = jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

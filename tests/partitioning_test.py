@@ -65,7 +65,7 @@ def test_mesh_of_some_devices():
 )
 def test_mesh_that_does_not_fit_says_so(sizes):
   named = ' '.join(f'{k}={v}' for k, v in ({'data': -1, 'fsdp': 1, 'model': 1} | sizes).items())
-  with pytest.raises(ValueError, match=f'mesh {named} does not fit 8 devices'):
+  with pytest.raises(ValueError, match=f'mesh {named} does not fit the device count 8:'):
     partitioning.make_mesh(**sizes)
 
 

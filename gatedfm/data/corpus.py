@@ -133,8 +133,7 @@ def open_split(
     f'data: {split}: {len(examples)} examples ('
     + ', '.join(f'{number} {task}' for task, number in numbers.items())
     + f') of {sum(len(s) for s in opened)} utterances, '
-    f'{len(shapes)} batch shapes (so many compilations): '
-    + ', '.join(f'{s.batch}x{s.frames}' for s in shapes)
+    'batch shapes (a compilation each): ' + ', '.join(f'{s.batch}x{s.frames}' for s in shapes)
   )
   if skipped:
     example = {}

@@ -106,7 +106,7 @@ def evaluate(
   assets = corpus.Assets.load(workdir / corpus.ASSETS)
   opened = _splits(cfg, assets, split, other, folder)
   shapes = opened['same'].shapes
-  say(f'compiling: {len(shapes)} programs, {compiling.workers()} at a time')
+  say(f'compiling: programs: {len(shapes)}, at a time: {compiling.workers()}')
   compiling.wait([p for s in shapes for p in recognizer.prepare(s.batch, s.frames)], say)
   gate_map, outputs = quality.decode_all(recognizer, opened['same'])
   counts = quality.counts(outputs)

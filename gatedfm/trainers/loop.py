@@ -293,8 +293,7 @@ def _run(
   count = sum(a.size for a in jax.tree.leaves(state.params))
   say(
     f'train: {cfg.name or workdir.name}: {count / 1e6:.2f} M parameters, {cfg.model.dtype}, '
-    f'{jax.device_count()} {jax.devices()[0].platform} devices as '
-    f'{dict(mesh.shape)}, steps {first} to {cfg.steps} '
+    f'{jax.devices()[0].platform} mesh {dict(mesh.shape)}, steps {first} to {cfg.steps} '
     f'({cfg.steps / batches.batches_per_epoch:.1f} epochs of {batches.batches_per_epoch})'
   )
   main = jax.process_index() == 0

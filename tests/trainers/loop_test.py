@@ -322,7 +322,7 @@ def test_lines_on_compiling_count_the_same(cfg, fake, tmp_path, monkeypatch, cap
   [
     ('vocab', 4000, 'vocab.*too large'),
     ('vocab', 20, 'vocab.*too small'),
-    ('mesh.data', 3, 'mesh.*does not fit 1 devices'),
+    ('mesh.data', 3, 'mesh.*does not fit the device count 1:'),
     ('data.bucket_frames', (10,), 'data.*bucket_frames'),
     ('steps', 0, 'steps'),
   ],

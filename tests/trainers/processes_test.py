@@ -57,7 +57,7 @@ def test_two_processes_stop_together_and_end_like_one(tone_data, tmp_path):
   out, _ = tiny_run.finish(first)
   tiny_run.finish(second)
   assert f'restore: resuming at step {saved}' in out
-  assert "2 cpu devices as {'data': 2" in out
+  assert "cpu mesh {'data': 2" in out
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [r['step'] for r in rows if 'train/loss' in r] == list(range(1, tiny_run.STEPS + 1))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
