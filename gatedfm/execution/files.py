@@ -17,6 +17,8 @@ from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech_config import ConfigError
 
+_SILENT = 8  # int16: what could be brought to speech level has samples far above it
+
 
 class FileError(DataError):
   """A file that cannot be transcribed; the others go on."""
@@ -86,7 +88,8 @@ def transcribe(
     path: the audio file.
     task, language: as the tokenizer names them; '' identifies the language first.
     ctc: write the best CTC path.
-    say: is told how the compilation goes that a new length needs.
+    say: is told how the compilation goes that a new length needs, and that a file is silent,
+      which changes nothing in the result.
 
   Raises:
     FileError: missing, unreadable, empty, truncated, too short or too long; the message does
@@ -94,10 +97,12 @@ def transcribe(
   """
   start = time.perf_counter()
   try:
-    padded, frames = _read(path)
+    padded, frames, silent = _read(path)
   except (DataError, ValueError) as e:
     message = str(e).replace(f' {path}', '').removeprefix(f'{path} ')
     raise FileError(message) from None
+  if silent:
+    say(f'{path}\twarning: silent; its language and text mean nothing')
   read = time.perf_counter() - start
   compiling.wait(recognizer.prepare(1, padded.shape[1]), say)
   start = time.perf_counter()
@@ -117,14 +122,15 @@ def transcribe(
   return Result(text, language, str(pattern), pattern.open_fraction, seconds)
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Features of a file, padded to their bucket [1, T, M], and their number of frames [1]."""
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
+  """Features of a file, padded to their bucket [1, T, M], their number [1]; if it is silent."""
   probe = audio_io.probe(path)
   if probe.problem:
     raise DataError(probe.problem)
   if probe.seconds < MIN_SECONDS:
     raise DataError(f'too short: {probe.seconds:.2f} s, at least {MIN_SECONDS:g} s are needed')
-  mel_TxM = features.log_mel(audio_io.load(path))
+  audio_S = audio_io.load(path)
+  mel_TxM = features.log_mel(audio_S)
   padded = np.zeros((1, recognizer_lib.bucket(len(mel_TxM)), mel_TxM.shape[1]), np.float32)
   padded[0, : len(mel_TxM)] = mel_TxM
-  return padded, np.array([len(mel_TxM)], np.int32)
+  return padded, np.array([len(mel_TxM)], np.int32), np.abs(audio_S).max() < _SILENT

@@ -100,6 +100,19 @@ def test_compiling_is_told_of_and_not_timed(stereo, monkeypatch):
   assert told == ['compiling']
 
 
+@pytest.mark.parametrize(
+  ('amplitude', 'silent'), [(0, True), (1e-7, True), (1e-4, False), (0.5, False)]
+)
+def test_silence_is_told_of(tmp_path, amplitude, silent):
+  """The result is what it is; speech recorded far too quietly is no silence."""
+  path, told = tmp_path / 'a.wav', []
+  soundfile.write(path, amplitude * tone(16_000), 16_000, 'FLOAT')
+  result = files.transcribe(FakeRecognizer(), path, 'asr', say=told.append)
+  assert (result.text, result.language) == ('a text', 'rus')
+  warning = f'{path}\twarning: silent; its language and text mean nothing'
+  assert told == ([warning] if silent else [])
+
+
 def test_without_a_language_it_is_found_out_first(stereo):
   fake = FakeRecognizer()
   assert files.transcribe(fake, stereo, 'st_eng').language == 'rus'
