@@ -131,7 +131,7 @@ def completed(gates: Gates, sites: Sequence[Site]) -> Gates:
   Raises:
     ValueError: a site that is none of `sites`, or gates that do not fit; it is named.
   """
-  whole = Gates({s.name: jnp.ones(()) for s in sites} | dict(gates.values))
+  whole = Gates({s.name: np.ones((), np.float32) for s in sites} | dict(gates.values))
   validate(whole, sites)
   return whole
 

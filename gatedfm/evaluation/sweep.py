@@ -29,8 +29,8 @@ class SweepConfig:
     other: source for language identification away from the training source; '' = none.
     split: what the summary reports; `validation` while anything is still being chosen.
     timed: utterances per task for timing; rounds: passes over them; longest: in frames.
-    execution: how gated points are timed: `skip`, one program for all gates, or `static`, a
-      program per gate pattern, faster and each to be compiled.
+    execution: how gated points are timed: `skip`, one program for all gates, or `static`,
+      programs per gate pattern, each to be compiled.
     data_dir: '' is `$GATEDFM_DATA` or the user's cache.
   """
 

@@ -37,8 +37,8 @@ class Recognizer:
     params: its parameters, in the training layout.
     assets: tokenizer and feature statistics.
     execution: `mask` for batches whose examples differ in their gates. For single utterances, or
-      gates that a batch shares: `skip`, one program in which a closed module costs nothing, or
-      `static`, a program per gate pattern, faster and compiled when a pattern is first met.
+      gates that a batch shares: `skip`, one program that branches at each module, or `static`,
+      programs per gate pattern, compiled when a pattern is first met.
     notimestamps: whether the model was trained with `<notimestamps>` in its primer.
     ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
       attention decoder alone.
