@@ -138,7 +138,7 @@ class Staged:
     """The pattern of a stack, from its decisions or from the caller's gates.
 
     Raises:
-      ValueError: gates that differ by example, or are neither open nor closed.
+      ValueError: gates that differ by example.
     """
     sites = self._sites[stack]
     if given is not None:
@@ -147,9 +147,6 @@ class Staged:
       values = dict(zip((s.name for s in sites), np.asarray(bits_MxNxB)))
     else:
       values = {s.name: np.ones(()) for s in sites}
-    for name, g in values.items():
-      if ((g != 0) & (g != 1)).any():
-        raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
     return gates_lib.pattern(Gates(values), sites)
 
   def prepare(self, params: Any, x: Request) -> list[futures.Future]:

@@ -53,7 +53,7 @@ class Recognizer:
     notimestamps: bool = False,
     ctc_weight: float = 0.3,
   ):
-    self._ctc_weight = ctc_weight
+    self._ctc_weight, self._binary = ctc_weight, execution != 'mask'
     self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
     self.model, self.params = for_inference(
@@ -125,7 +125,8 @@ class Recognizer:
       max_tokens: cap of new tokens, within the model's limit; 0 is one per encoder frame.
 
     Raises:
-      ValueError: a language or task that the model does not know, with those it knows.
+      ValueError: a language or task that the model does not know, with those it knows; gates
+        between open and closed under `skip` or `static`.
     """
     x = self._request(features_BxTxM, frames_B, task, languages, gates, max_tokens)
     return self._programs(self.params, x)
@@ -149,6 +150,11 @@ class Recognizer:
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
+    # Programs are compiled for shapes and types, whatever the caller's numbers are.
+    gates = jax.tree.map(lambda g: np.asarray(g, np.float32), gates)
+    for name, g in gates.values.items() if gates and self._binary else ():
+      if ((g != 0) & (g != 1)).any():
+        raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
     length = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens - primer.shape[1])
     return decoding.Request(
       features_BxTxM,
@@ -159,8 +165,7 @@ class Recognizer:
       # A language is known from the primer; CTC knows nothing of other languages' texts.
       np.int32(length if known else 0),
       np.float32(self._ctc_weight if task == 'asr' else 0),
-      # Programs are compiled for shapes and types, whatever the caller's numbers are.
-      jax.tree.map(lambda g: np.asarray(g, np.float32), gates),
+      gates,
       length,
     )
 

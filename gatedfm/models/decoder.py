@@ -83,14 +83,14 @@ class DecoderLayer(nn.Module):
     deterministic: bool,
   ) -> tuple[jax.Array, Gates]:
     """Teacher-forced, x `[B, L, D]`; returns x and the gates used."""
-    run = lambda name, module, x, *args: gating.gated(
-      self.cfg.execution, gates.get(name), module, x, *args
+    add = lambda x, name, module, *args: gating.add_gated(
+      self.cfg.execution, gates.get(name), module, x, x, *args
     )
     causal = attention.causal_mask(x.shape[1])
     seen = memory_mask_BxS[:, None, None, :]
-    x = x + run('self_attention', self.self_attention, x, None, causal, deterministic)
-    x = x + run('cross_attention', self.cross_attention, x, memory_BxSxD, seen, deterministic)
-    x = x + run('ffn', self.ffn, x, deterministic)
+    x = add(x, 'self_attention', self.self_attention, None, causal, deterministic)
+    x = add(x, 'cross_attention', self.cross_attention, memory_BxSxD, seen, deterministic)
+    x = add(x, 'ffn', self.ffn, deterministic)
     return constrain(x, 'batch', 'time', 'act_embed'), gates
 
   def start(self, memory_BxSxD: jax.Array, gates: Gates, length: int) -> LayerCache:
@@ -117,27 +117,21 @@ class DecoderLayer(nn.Module):
     memory_mask_BxS: jax.Array,
   ) -> tuple[jax.Array, LayerCache]:
     """Tokens from `position` on, x `[B, P, D]`. A closed gate leaves the cache untouched."""
-    mode = self.cfg.execution
-    y, own = gating.under_gate(
-      mode,
-      gates.get('self_attention'),
-      self.self_attention,
-      lambda m, x, own: m.extend(x, own, position),
-      lambda m, x, own: (jnp.zeros_like(x), own),
-      x,
-      cache.own,
+    mode, seen = self.cfg.execution, memory_mask_BxS[:, None, None, :]
+    own_gate, cross_gate = gates.get('self_attention'), gates.get('cross_attention')
+
+    def extend(m: DecoderAttention, x: jax.Array, own: attention.KeyValue) -> tuple:
+      y, own = m.extend(x, own, position)
+      return x + gating.scale(mode, own_gate, y), own
+
+    def read(m: DecoderAttention, x: jax.Array) -> jax.Array:
+      return x + gating.scale(mode, cross_gate, m.read(x, cache.cross, seen))
+
+    x, own = gating.under_gate(
+      mode, own_gate, self.self_attention, extend, lambda m, x, own: (x, own), x, cache.own
     )
-    x = x + gating.scale(gates.get('self_attention'), y)
-    y = gating.under_gate(
-      mode,
-      gates.get('cross_attention'),
-      self.cross_attention,
-      lambda m, x: m.read(x, cache.cross, memory_mask_BxS[:, None, None, :]),
-      lambda m, x: jnp.zeros_like(x),
-      x,
-    )
-    x = x + gating.scale(gates.get('cross_attention'), y)
-    x = x + gating.gated(mode, gates.get('ffn'), self.ffn, x, True)
+    x = gating.under_gate(mode, cross_gate, self.cross_attention, read, lambda m, x: x, x)
+    x = gating.add_gated(mode, gates.get('ffn'), self.ffn, x, x, True)
     return x, LayerCache(own, cache.cross)
 
 

@@ -11,6 +11,8 @@ ESPnet's merge emits even for m = 0, is added whatever the gates say.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,10 @@ class MergeHalf(nn.Module):
     self.conv_kernel = layers.param(
       self, 'conv_kernel', taps, ('small', 'small'), (self.kernel_size, d)
     )
-    self.conv_bias = layers.param(self, 'conv_bias', nn.initializers.zeros, ('small',), (d,))
+    # Inference has none: `fold_constants`.
+    self.folded = not self.is_initializing() and not self.has_variable('params', 'conv_bias')
+    if not self.folded:
+      self.conv_bias = layers.param(self, 'conv_bias', nn.initializers.zeros, ('small',), (d,))
     self.kernel = layers.param(self, 'kernel', init, ('embed', 'embed_out'), (d, d))
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -66,9 +71,9 @@ class MergeHalf(nn.Module):
       x = jnp.where(mask, x, 0)
     return layers.dot(x + layers.depthwise(x, self.conv_kernel), self.kernel, self.dtype)
 
-  def constant(self) -> jax.Array:
+  def constant(self) -> jax.Array | float:
     """`[D]`: what the half emits for x = 0, the convolution's bias through the kernel."""
-    return layers.dot(self.conv_bias, self.kernel, self.dtype)
+    return 0.0 if self.folded else layers.dot(self.conv_bias, self.kernel, self.dtype)
 
 
 class AttentionBranch(nn.Module):
@@ -96,7 +101,7 @@ class AttentionBranch(nn.Module):
     y = self.drop(y, deterministic)
     return self.merge(y, conv_mask) if self.merged else y
 
-  def merge_constant(self) -> jax.Array:
+  def merge_constant(self) -> jax.Array | float:
     """`[D]`: the merge half's constant, added whether or not the branch runs."""
     return self.merge.constant()
 
@@ -117,7 +122,7 @@ class CgMlpBranch(nn.Module):
     y = self.cgmlp(self.norm(x), conv_mask, deterministic)
     return self.merge(self.drop(y, deterministic), conv_mask)
 
-  def merge_constant(self) -> jax.Array:
+  def merge_constant(self) -> jax.Array | float:
     """`[D]`: the merge half's constant, added whether or not the branch runs."""
     return self.merge.constant()
 
@@ -145,30 +150,43 @@ class EncoderLayer(nn.Module):
       predictor = gate_predictor.GatePredictor(cfg, 'encoder', 1, name='gate_predictor')
       gates = {m: g[0] for m, g in predictor(gating.masked_mean(x, mask_BxT), context).items()}
     conv_mask = None if cfg.conv_sees_padding else mask_BxT[..., None]
-    run = lambda name, module, x, *args: gating.gated(
-      cfg.execution, gates.get(name), module, x, *args
+    add = lambda total, name, module, x, *args: gating.add_gated(
+      cfg.execution, gates.get(name), module, total, x, *args
     )
     ffn = lambda name, activation, scale: FfnBranch(
       cfg.encoder_ffn, activation, scale, cfg.dropout, dtype, name=name
     )
     if cfg.encoder == 'transformer':
       attend = AttentionBranch(cfg, merged=False, name='attention')
-      x = x + run('attention', attend, x, mask_BxT, conv_mask, deterministic)
-      x = x + run('ffn', ffn('ffn', 'relu', 1.0), x, deterministic)
+      x = add(x, 'attention', attend, x, mask_BxT, conv_mask, deterministic)
+      x = add(x, 'ffn', ffn('ffn', 'relu', 1.0), x, deterministic)
       return constrain(x, 'batch', 'time', 'act_embed'), gates
 
-    x = x + run('ffn1', ffn('ffn1', 'swish', 0.5), x, deterministic)
+    x = add(x, 'ffn1', ffn('ffn1', 'swish', 0.5), x, deterministic)
     attend = AttentionBranch(cfg, merged=True, name='attention')
     convolve = CgMlpBranch(cfg, name='cgmlp')
     bias = layers.param(self, 'merge_bias', nn.initializers.zeros, ('small',), (cfg.d,))
-    merged = run('attention', attend, x, mask_BxT, conv_mask, deterministic)
-    merged += run('cgmlp', convolve, x, conv_mask, deterministic)
     constant = bias + attend.merge_constant() + convolve.merge_constant()
-    merged += constant.astype(x.dtype)
+    merged = jnp.broadcast_to(constant.astype(x.dtype), x.shape)
+    merged = add(merged, 'attention', attend, x, mask_BxT, conv_mask, deterministic)
+    merged = add(merged, 'cgmlp', convolve, x, conv_mask, deterministic)
     x = x + nn.Dropout(cfg.dropout)(merged, deterministic)
-    x = x + run('ffn2', ffn('ffn2', 'swish', 0.5), x, deterministic)
+    x = add(x, 'ffn2', ffn('ffn2', 'swish', 0.5), x, deterministic)
     x = layers.LayerNorm(name='norm_final')(x)
     return constrain(x, 'batch', 'time', 'act_embed'), gates
+
+
+def fold_constants(params: dict[str, Any]) -> dict[str, Any]:
+  """Unrolled parameters with each layer's merge constants in its `merge_bias`, once for all."""
+  if not isinstance(params, dict):
+    return params
+  params = {k: fold_constants(v) for k, v in params.items()}
+  if 'merge_bias' in params:
+    for branch in ('attention', 'cgmlp'):
+      merge = dict(params[branch]['merge'])
+      params['merge_bias'] += merge.pop('conv_bias') @ merge['kernel']
+      params[branch] = params[branch] | {'merge': merge}
+  return params
 
 
 class Encoder(nn.Module):

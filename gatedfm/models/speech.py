@@ -208,6 +208,11 @@ def for_inference(
     names = [k.key for k in path]
     # Gates are decided, and depthwise convolutions computed, in float32.
     exact = 'conv' in names or any(name in GATE_MODULES for name in names)
+    # A decoder reads its matrices token by token, except for what it makes of the memory.
+    once = 'cross_attention' in names and ('key' in names or 'value' in names)
+    exact |= names[0] == 'decoder' and not once and layers.reads_float32(1)
     return x.astype(dtype) if names[-1] == 'kernel' and not exact else x
 
-  return SpeechModel(cfg), jax.tree_util.tree_map_with_path(cast, stack.unstack(params))
+  return SpeechModel(cfg), jax.tree_util.tree_map_with_path(
+    cast, encoder_lib.fold_constants(stack.unstack(params))
+  )

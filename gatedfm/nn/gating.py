@@ -50,7 +50,7 @@ def under_gate(
 
   Args:
     execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
-      costs nothing.
+      costs nothing, and takes every other for open.
     gate: None (no gate), a scalar, or one value per example (several examples: mask only). A
       Python bool is decided while tracing, whatever the execution: what is closed is not even
       in the program.
@@ -75,23 +75,30 @@ def under_gate(
   return nn.cond(gate.reshape(()) > 0, run, skip, module, *operands)
 
 
-def scale(gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:
-  """`gate * y`, the gate over leading axes; under `skip` too, whose gates may be fractions.
+def scale(execution: str, gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:
+  """`gate * y` under `mask`, the gate over leading axes; else y, which an open gate let run.
 
-  Of a Python bool, y itself, which `under_gate` made zeros if it is False.
+  To multiply by an open gate would cost `skip` an operation or two per module.
   """
-  if gate is None or isinstance(gate, bool):
+  if gate is None or isinstance(gate, bool) or execution == 'skip':
     return y
   return gate.astype(y.dtype).reshape(gate.shape + (1,) * (y.ndim - gate.ndim)) * y
 
 
-def gated(
-  execution: str, gate: jax.Array | bool | None, module: nn.Module, x: jax.Array, *args: Any
+def add_gated(
+  execution: str,
+  gate: jax.Array | bool | None,
+  module: nn.Module,
+  total: jax.Array,
+  x: jax.Array,
+  *args: Any,
 ) -> jax.Array:
-  """What `module` contributes under its gate: `gate * module(x, *args)`, shaped like `x`."""
-  run = lambda m, x: m(x, *args)
-  skip = lambda m, x: jnp.zeros_like(x)
-  return scale(gate, under_gate(execution, gate, module, run, skip, x))
+  """`total + gate * module(x, *args)`, all of one shape.
+
+  The sum belongs to the branch: a closed gate hands `total` on and costs no addition either.
+  """
+  run = lambda m, total, x: total + scale(execution, gate, m(x, *args))
+  return under_gate(execution, gate, module, run, lambda m, total, x: total, total, x)
 
 
 def straight_through_gumbel(
@@ -187,7 +194,9 @@ def decide(
 
   By threshold a module runs if its keep probability exceeds `threshold`; 0.5 is the argmax.
   """
-  fixed = (jax.nn.softmax(logits)[..., 1] > threshold).astype(logits.dtype)
+  # `softmax(logits)[1] > threshold` in one comparison.
+  odds = logits[..., 1] - logits[..., 0]
+  fixed = (odds > jnp.log(threshold) - jnp.log1p(-threshold)).astype(logits.dtype)
   if key is None:
     return fixed
   sampled = straight_through_gumbel(logits, context.temperature, key)

@@ -44,7 +44,18 @@ def dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
   return _dot(x, w, dtype, x.dtype)
 
 
+def reads_float32(rows: int) -> bool:
+  """Whether a product of `rows` rows had better find its matrix in float32, whatever its dtype.
+
+  XLA's CPU compiler has no bfloat16 product of a vector and a matrix: it converts the matrix,
+  and behind a gate it does so again at every token.
+  """
+  return rows <= 8 and jax.default_backend() == 'cpu'
+
+
 def _dot(x: jax.Array, w: jax.Array, dtype: Dtype, out: Dtype) -> jax.Array:
+  if w.dtype == jnp.float32 and reads_float32(x.size // x.shape[-1]):
+    dtype = jnp.float32
   y = jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
   return y.astype(out)
 

@@ -130,10 +130,11 @@ def test_examples_of_a_batch_share_their_gates(pair):
     static(mel, frames, 'asr', ['fra', 'rus'], Gates(one))
 
 
-def test_what_static_cannot_do(tone_data, assets, pair):
+def test_what_skip_and_static_cannot_do(tone_data, assets, pair):
+  for recognizer in pair:
+    with pytest.raises(ValueError, match="encoder/ffn lie between open and closed.*'mask'"):
+      recognizer(*features(0), 'asr', ['fra'], Gates({'encoder/ffn': 0.5}))
   _, static = pair
-  with pytest.raises(ValueError, match="encoder/ffn lie between open and closed.*'mask'"):
-    static(*features(0), 'asr', ['fra'], Gates({'encoder/ffn': 0.5}))
   with pytest.raises(ValueError, match='unknown sites'):
     static(*features(0), 'asr', ['fra'], Gates({'encoder/fnn': 0.0}))
   with pytest.raises(ValueError, match="layer by layer: use execution='skip'"):

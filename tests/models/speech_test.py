@@ -114,6 +114,23 @@ def test_unrolled_is_scanned():
   np.testing.assert_allclose(run(params).logits, scanned.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_what_inference_reads_token_by_token_stays_float32():
+  """On CPUs, where a bfloat16 matrix would be converted at every token; others hold bfloat16."""
+  cfg = tiny_speech.config(dtype='bfloat16')
+  _, params = for_inference(cfg, tiny_speech.params())
+  kinds = {
+    '/'.join(k.key for k in path): x.dtype.name
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if path[-1].key == 'kernel'
+  }
+  layer = 'decoder/layers/layers_0'
+  assert kinds[f'{layer}/self_attention/attention/query/kernel'] == 'float32'
+  assert kinds[f'{layer}/cross_attention/attention/query/kernel'] == 'float32'
+  assert kinds[f'{layer}/cross_attention/attention/key/kernel'] == 'bfloat16'
+  assert kinds['decoder/output/kernel'] == 'float32'
+  assert kinds['encoder/layers/layers_0/attention/attention/query/kernel'] == 'bfloat16'
+
+
 def test_decoder_gates_are_the_decoders():
   cfg = tiny_speech.config()
   encoded = jax.eval_shape(

@@ -30,7 +30,7 @@ class Toy(nn.Module):
   @nn.compact
   def __call__(self, x, gates, shift, context, deterministic):
     linear = layers.Linear(WIDTH, ('embed', 'mlp'), name='linear')
-    y = jnp.tanh(gating.gated('mask', gates.get('ffn'), linear, x) + shift)
+    y = jnp.tanh(gating.scale('mask', gates.get('ffn'), linear(x)) + shift)
     return x + nn.Dropout(0.5)(y * context['scale'], deterministic), gates
 
 

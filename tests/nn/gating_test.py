@@ -21,13 +21,13 @@ SUBSETS = [c for n in range(4) for c in itertools.combinations(KINDS, n)]
 
 
 class Gated(nn.Module):
-  """A linear layer under a gate."""
+  """A linear layer under a gate, added to its input."""
 
   execution: str
 
   @nn.compact
   def __call__(self, x, gate):
-    return gating.gated(self.execution, gate, layers.Linear(5, ('embed', 'mlp')), x)
+    return gating.add_gated(self.execution, gate, layers.Linear(5, ('embed', 'mlp')), x, x)
 
 
 @pytest.mark.parametrize('execution', gating.EXECUTIONS)
@@ -37,23 +37,24 @@ def test_gated(execution):
   y = run(p, x, None)
   np.testing.assert_array_equal(run(p, x, jnp.float32(1)), y)
   np.testing.assert_array_equal(run(p, x, jnp.ones(1)), y)
-  np.testing.assert_array_equal(run(p, x, jnp.float32(0)), np.zeros_like(y))
+  np.testing.assert_array_equal(run(p, x, jnp.float32(0)), x)
   hlo = run.lower(p, x, jnp.float32(1)).as_text()
   assert hlo.count('stablehlo.case') == (execution == 'skip')
 
 
-@pytest.mark.parametrize('execution', gating.EXECUTIONS)
-def test_fractions_scale(execution):
+def test_fractions_scale_under_mask_and_are_open_under_skip():
   x = normal(2, 3, 5)
-  run, p = build(Gated(execution), x, None)
-  np.testing.assert_allclose(run(p, x, jnp.float32(0.25)), run(p, x, None) / 4, rtol=1e-6)
+  (mask, p), (skip, _) = (build(Gated(execution), x, None) for execution in gating.EXECUTIONS)
+  y = mask(p, x, None)
+  np.testing.assert_allclose(mask(p, x, jnp.float32(0.25)), x + (y - x) / 4, rtol=1e-5)
+  np.testing.assert_array_equal(skip(p, x, jnp.float32(0.25)), y)
 
 
 def test_mask_gates_each_example():
   x = normal(2, 3, 5)
   run, p = build(Gated('mask'), x, None)
-  want = run(p, x, None) * np.array([0, 0.25])[:, None, None]
-  np.testing.assert_allclose(run(p, x, jnp.array([0.0, 0.25])), want, rtol=1e-6)
+  want = x + (run(p, x, None) - x) * np.array([0, 0.25])[:, None, None]
+  np.testing.assert_allclose(run(p, x, jnp.array([0.0, 0.25])), want, rtol=1e-5)
 
 
 def test_skip_refuses_gates_that_differ_by_example():

@@ -62,6 +62,17 @@ def test_layer_norm(scale, shift):
   np.testing.assert_allclose(run(p, x), z * p['scale'] + p['bias'], rtol=2e-4, atol=2e-4)
 
 
+def test_dot_of_few_rows_reads_a_float32_matrix_as_it_is():
+  x, w = normal(1, 1, 64), normal(64, 7, seed=1)
+  dot = jit(lambda x, w: layers.dot(x, w, jnp.bfloat16))
+  np.testing.assert_allclose(dot(x, w), x @ w, rtol=1e-5, atol=1e-5)
+  # A bfloat16 matrix has the products of many rows.
+  many = dot(jnp.tile(x, (1, 9, 1)), w)[:, :1]
+  np.testing.assert_allclose(dot(x, w.astype(jnp.bfloat16)), many, rtol=1e-5, atol=1e-5)
+  assert np.abs(many - x @ w).max() > 1e-3
+  assert 'bf16' not in dot.lower(x, w).as_text()
+
+
 def test_layer_norm_of_bfloat16_is_computed_in_float32():
   x = normal(4, 64, dtype=jnp.bfloat16)
   run, p = build(layers.LayerNorm(), x)
