@@ -13,7 +13,7 @@ from configs.gated_speech import quickstart, tiny
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers.config import TrainConfig
 
-STEPS, GATED_STEPS = 12_000, 500
+STEPS, GATED_STEPS, MORE_STEPS = 12_000, 500, 1500
 # Synthetic voices that read other words: more text than the recordings have, and speakers that
 # do not give their language away. Belarusian has no word list.
 EXTRA = ('espeak:phrases?number=300', 'espeak:stamps?languages=bel')
@@ -39,8 +39,8 @@ def get_config() -> SweepConfig:
   """Dense and gated points; see `configs/gated_speech/README.md` for what each answers."""
   points = {'dense': dense()}
 
-  def add(name: str, target: float, seed: int = 0) -> TrainConfig:
-    cfg = points[name] = quickstart.gated(points['dense'], target, GATED_STEPS)
+  def add(name: str, target: float, seed: int = 0, steps: int = GATED_STEPS) -> TrainConfig:
+    cfg = points[name] = quickstart.gated(points['dense'], target, steps)
     cfg.seed = seed
     return cfg
 
@@ -58,6 +58,11 @@ def get_config() -> SweepConfig:
     add(f'decoder_{target}', target).model.gates.stacks = ('decoder',)
   for seed in (1, 2):  # of the gates and the augmentation; dense model and order stay the same
     add(f'both_0.5_seed{seed}', 0.5, seed)
+  # Does what closing costs grow back with more fine-tuning? With a control of its own.
+  add('dense_1500', 0.5, steps=MORE_STEPS).model.gates.enabled = False
+  add('both_0.5_1500', 0.5, steps=MORE_STEPS)
+  add('both_0.3_1500', 0.3, steps=MORE_STEPS)
+  add('encoder_0.5_1500', 0.5, steps=MORE_STEPS).model.gates.stacks = ('encoder',)
   return SweepConfig(
     points=points,
     other='asterisk?languages=fra,rus,spa',
