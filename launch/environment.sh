@@ -1,4 +1,5 @@
-# Sourced by the other scripts: enters the repository, makes .venv once, installs what is asked.
+# Sourced by the other scripts or a shell: enters the repository, makes .venv once, installs what is
+# asked.
 #   install requirements.txt ...
 # GATEDFM_PYTHON chooses the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +31,7 @@ install() {
   local python="${GATEDFM_PYTHON:-python3}" file stamp sum
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "gatedfm needs Python 3.11 or newer; set GATEDFM_PYTHON to one" >&2
-    exit 1
+    return 1
   fi
   # Killed midway, `venv` leaves a Python without pip.
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -40,7 +41,7 @@ install() {
       if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq && apt-get install -y -qq python3-venv
       fi
-      "$python" -m venv .venv || { echo 'install python3-venv, then run this again' >&2; exit 1; }
+      "$python" -m venv .venv || { echo 'install python3-venv, then run this again' >&2; return 1; }
     fi
   fi
   for file in "$@"; do
@@ -48,7 +49,7 @@ install() {
     stamp=".venv/installed-$(basename "$file")" sum=$(sha256sum <"$file")
     if [ "$(cat "$stamp" 2>/dev/null)" != "$sum" ]; then
       echo "installing $file into .venv"
-      .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file"
+      .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file" || return 1
       echo "$sum" >"$stamp"
     fi
   done
