@@ -23,7 +23,7 @@ def run(*arguments, **variables):
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('name', MAINS)
+@pytest.mark.parametrize('name', [*MAINS, 'benchmark'])
 def test_help_shows_an_example(name):
   result = run(f'gatedfm.{name}', '--help')
   assert result.returncode == 0
@@ -50,6 +50,8 @@ def test_required_flags(name):
     ('evaluate', ('--checkpoint=a', '--spilt=test'), 'Unknown command line flag'),
     ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
     ('transcribe', ('--checkpoint=a',), 'no audio files given'),
+    ('benchmark', ('--pruned=0,2',), 'error: pruned is (0.0, 2.0); it is a list of shares'),
+    ('benchmark', ('--model=huge',), "error: model 'huge' is neither layers x width"),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),

@@ -244,6 +244,35 @@ def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure
   return figure
 
 
+@_styled
+def time_against_macs(rows: Sequence[Mapping[str, Any]]) -> figures.Figure:
+  """A benchmark's time over dense against the MACs kept, a marker per pattern, by way.
+
+  Args:
+    rows: with `way`, `macs_kept` and `ratio` (`median`, `q25`, `q75`).
+  """
+  figure = figures.Figure(figsize=(7.2, 4.2), layout='constrained')
+  axes = figure.add_subplot()
+  for number, way in enumerate(dict.fromkeys(row['way'] for row in rows)):
+    mine = [row for row in rows if row['way'] == way]
+    middle = np.array([row['ratio']['median'] for row in mine])
+    low, high = (np.array([row['ratio'][q] for row in mine]) for q in ('q25', 'q75'))
+    axes.errorbar(
+      [row['macs_kept'] for row in mine],
+      middle,
+      (middle - low, high - middle),
+      color=COLORS[number % len(COLORS)],
+      marker=MARKERS[number % len(MARKERS)],
+      linestyle='',
+      label=way,
+    )
+  axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, linestyle='--', linewidth=1, label='ideal')
+  axes.set(xlim=(0, 1.05), xlabel='MACs kept (of dense)', ylabel='time (of dense)')
+  axes.set_ylim(bottom=0)
+  figure.legend(loc='outside right upper')
+  return figure
+
+
 def save(figure: figures.Figure, path: str | os.PathLike) -> None:
   """Writes a figure as its suffix says (.svg, .png, .pdf), atomically."""
   path, buffer = Path(path), io.BytesIO()

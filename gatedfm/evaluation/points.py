@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from gatedfm import atomic, compiling, metrics
+from gatedfm import atomic, compiling, metrics, provenance
 from gatedfm import gates as gates_lib
 from gatedfm.data import corpus, features, pipeline, sources
 from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError
@@ -34,7 +28,6 @@ from gatedfm.trainers.config import ConfigError
 from gatedfm.trainers.log import say
 
 LONGEST = 3_001  # frames of an utterance that is scored
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 
 
 def load_train_config(workdir: Path) -> config_lib.TrainConfig:
@@ -234,13 +227,8 @@ def summarize(
     rows[name]['difference'] = _differences(outputs[name], outputs[rows[name]['parent']])
   summary = {
     'schema': 1,
-    'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    **provenance.collect('gatedfm.sweep'),
     'seeds': sorted({load_train_config(p).seed for p in points.values()}),
-    'versions': {p: importlib.metadata.version(p) for p in PACKAGES}
-    | {'python': platform.python_version()},
-    'git_revision': _git_revision(),
-    'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
-    'command': ' '.join(['python', '-m', 'gatedfm.sweep', *sys.argv[1:]]),
     'split': split,
     'data': _data(cfg, folder),
     'points': rows,
@@ -250,17 +238,6 @@ def summarize(
     workdir / workdirs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + '\n'
   )
   return summary
-
-
-def _git_revision() -> str:
-  """Commit of the source tree, with `+` if it has changes; `unknown` outside of git."""
-  git = lambda *args: subprocess.run(
-    ('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-  ).stdout.strip()
-  try:
-    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain') else '')
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
 
 
 def _outputs(workdir: Path, split: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ host: features, gate prediction, encoder, cached greedy decoding. Compilation is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gatedfm import compiling
+from gatedfm import clock, compiling
 from gatedfm.data import features
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.recognizer import Recognizer
@@ -69,19 +70,17 @@ def side_by_side(
   seconds = {n: np.zeros((rounds, len(utterances))) for n in names}
   for r in range(rounds):
     for i, u in enumerate(utterances):
-      for name in names if (r + i) % 2 == 0 else names[::-1]:
-        start = time.perf_counter()
-        jax.block_until_ready(run_once(recognizers[name], u))
-        seconds[name][r, i] = time.perf_counter() - start
+      calls = {n: functools.partial(run_once, recognizers[n], u) for n in names}
+      for name, s in clock.lap(calls, (r + i) % 2 == 0).items():
+        seconds[name][r, i] = s
 
   typical = {n: np.median(s, 0) for n, s in seconds.items()}
   tasks = np.array([u.task for u in utterances])
   out = {}
   for name, t in typical.items():
     base = typical[names[0]]
-    q25, median, q75 = np.percentile(t, [25, 50, 75])
     out[name] = {
-      'seconds_per_utterance': {'median': median, 'q25': q25, 'q75': q75},
+      'seconds_per_utterance': clock.quartiles(t),
       'time_ratio': t.sum() / base.sum(),
       'time_ratio_by_task': {
         task: t[tasks == task].sum() / base[tasks == task].sum() for task in sorted(set(tasks))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from gatedfm import provenance
 from gatedfm.analysis import report
 from gatedfm.data import corpus
 from gatedfm.evaluation import points, quality, sweep
@@ -234,7 +235,7 @@ def swept(runs, tone_data, fast_compilation):
   patch = pytest.MonkeyPatch()
   patch.setattr(sweep, '_process', commands.append)
   patch.setattr(sweep.sys, 'argv', ['sweep', '--config=c.py'])
-  patch.setattr(points, '_git_revision', lambda: 'abc')
+  patch.setattr(provenance, 'git_revision', lambda: 'abc')
   cfg = tiny_run.sweep(tone_data)
   # A second dense model, as another seed would be.
   shutil.copytree(runs / 'dense', runs / 'dense_seed1')

@@ -1,0 +1,57 @@
+"""Times gated execution against dense, side by side in one process.
+
+Example:
+  python -m gatedfm.benchmark --suite=encoder --model=6x256 --json=runs/encoder.json
+
+Prints a line per way and pattern; with --json writes all numbers and, beside them, a picture
+of time against the MACs that are kept.
+Programs are compiled anew each time, so that their seconds mean something.
+"""
+
+import json
+
+from absl import flags
+
+from gatedfm import mains
+
+_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder'], 'What is timed.')
+_MODEL = flags.DEFINE_string(
+  'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
+)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.')
+_BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
+_FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
+_PRUNED = flags.DEFINE_list('pruned', ['0', '0.3', '0.5', '0.7'], 'Shares of modules closed.')
+_MASKS = flags.DEFINE_integer('masks', 3, 'Random patterns per share.')
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by side.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of parameters, inputs and patterns.')
+_JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
+
+
+def main(argv: list[str]) -> None:
+  mains.no_arguments(argv)
+  from gatedfm import atomic, provenance
+  from gatedfm.analysis import plots
+  from gatedfm.benchmarks import encoder
+
+  with mains.clear_errors():
+    case = encoder.Case(
+      encoder.model(_MODEL.value, _DTYPE.value),
+      _BATCH.value,
+      _FRAMES.value,
+      encoder.shares(_PRUNED.value),
+      _MASKS.value,
+      _ROUNDS.value,
+      _SEED.value,
+    )
+    path = mains.folder(_JSON.value) if _JSON.value else None
+    rows = encoder.run(case, print)
+    if path:
+      result = provenance.collect('gatedfm.benchmark') | {'rows': rows}
+      atomic.write_text(path, json.dumps(result, indent=1) + '\n')
+      plots.save(plots.time_against_macs(rows), path.with_suffix('.png'))
+      print(path)
+
+
+if __name__ == '__main__':
+  mains.run(main)
