@@ -54,6 +54,19 @@ def test_pins_that_go_back_are_installed_again(install, tmp_path):
   assert [installs(p) for p in ('a==1', 'a==1', 'a==2', 'a==1')] == [1, 0, 1, 1]
 
 
+def test_a_failure_leaves_the_shell_that_asked_and_no_stamp(install, tmp_path):
+  install()  # makes the environment
+  python = tmp_path / '.venv' / 'bin' / 'python'
+  python.write_text('#!/bin/sh\n[ "$3" != install ]\n')  # has pip, which installs nothing
+  (tmp_path / 'pins.txt').write_text('a==1')
+  commands = '. launch/environment.sh; allocator() { :; }; install pins.txt || echo refused'
+  environment = os.environ | {'GATEDFM_PYTHON': str(tmp_path / 'python')}
+  shell = ['bash', '-c', commands]
+  for _ in range(2):
+    out = subprocess.run(shell, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert out.stdout.splitlines() == ['installing pins.txt into .venv', 'refused']
+
+
 def test_an_environment_without_pip_is_made_anew(install, tmp_path):
   half = tmp_path / '.venv' / 'bin' / 'python'
   half.parent.mkdir(parents=True)

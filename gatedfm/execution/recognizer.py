@@ -151,8 +151,9 @@ class Recognizer:
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
     # Programs are compiled for shapes and types, whatever the caller's numbers are.
-    gates = jax.tree.map(lambda g: np.asarray(g, np.float32), gates)
-    for name, g in gates.values.items() if gates and self._binary else ():
+    if gates is not None:
+      gates = Gates({name: np.asarray(g, np.float32) for name, g in gates.values.items()})
+    for name, g in gates.values.items() if gates is not None and self._binary else ():
       if ((g != 0) & (g != 1)).any():
         raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
     length = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens - primer.shape[1])

@@ -184,7 +184,8 @@ def fold_constants(params: dict[str, Any]) -> dict[str, Any]:
   if 'merge_bias' in params:
     for branch in ('attention', 'cgmlp'):
       merge = dict(params[branch]['merge'])
-      params['merge_bias'] += merge.pop('conv_bias') @ merge['kernel']
+      # Not `+=`, which would write into the caller's arrays.
+      params['merge_bias'] = params['merge_bias'] + merge.pop('conv_bias') @ merge['kernel']
       params[branch] = params[branch] | {'merge': merge}
   return params
 

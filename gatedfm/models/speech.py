@@ -91,7 +91,7 @@ class SpeechModel(nn.Module):
       frames_B: valid frames per example.
       context: language, task and how gates are decided.
       gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site. Sites that
-        it does not name are open.
+        it does not name are open; under `skip`, so is any gate above 0.
       deterministic: False turns dropout on.
 
     Raises:
@@ -199,7 +199,9 @@ def for_inference(
   """The model and parameters in the unrolled layout, which skipping and decoding need.
 
   Matrices come in the type of their products: cast once here instead of at every call and,
-  behind a gate, at every token.
+  behind a gate, at every token. On CPUs a decoder's stay float32, as `layers.dot` wants them for
+  up to eight rows; skipping with a larger batch there converts them at every token. The merge's
+  constants are folded (`encoder.fold_constants`).
   """
   cfg = dataclasses.replace(cfg, scan_layers=False, remat='none', execution=execution)
   dtype = jnp.dtype(cfg.dtype)

@@ -81,9 +81,8 @@ def _rest(cfg: SpeechConfig, frames: int, tokens: int) -> Count:
   first = half(frames) * half(cfg.mels)
   total = _linear(9, c, first) + _linear(9 * c, c, steps * bands) + _linear(c * bands, d, steps)
   if cfg.encoder == 'e_branchformer':
-    # The merge's bias, both halves' constants (a vector times a matrix), the layer's norm.
-    constant = np.array([d, 2 * d * d]) + _norm(d)
-    total = total + cfg.encoder_layers * constant
+    # The merge's bias, which holds both halves' constants at inference, and the layer's norm.
+    total = total + cfg.encoder_layers * (np.array([d, 0]) + _norm(d))
   total = total + _norm(d) + _linear(d, v, steps)  # closing norm, CTC head
   total = total + np.array([v * d, 0]) + _norm(d) + _linear(d, v, tokens)
   for stack, layers in (('encoder', cfg.encoder_layers), ('decoder', cfg.decoder_layers)):
@@ -140,7 +139,7 @@ def rest_cost(
 ) -> gates_lib.Cost:
   """Cost of all that no gate closes, summed over layers.
 
-  That is subsampling, the merge's constants and the layers' closing norms (E-Branchformer),
+  That is subsampling, the merge's bias and the layers' closing norms (E-Branchformer),
   both stacks' closing norms, CTC head, embedding, output layer and gate predictors.
   Arguments and errors as for `site_costs`.
   """

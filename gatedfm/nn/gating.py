@@ -50,7 +50,7 @@ def under_gate(
 
   Args:
     execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
-      costs nothing, and takes every other for open.
+      costs nothing; any gate above 0 counts as open.
     gate: None (no gate), a scalar, or one value per example (several examples: mask only). A
       Python bool is decided while tracing, whatever the execution: what is closed is not even
       in the program.
@@ -195,8 +195,8 @@ def decide(
   By threshold a module runs if its keep probability exceeds `threshold`; 0.5 is the argmax.
   """
   # `softmax(logits)[1] > threshold` in one comparison.
-  odds = logits[..., 1] - logits[..., 0]
-  fixed = (odds > jnp.log(threshold) - jnp.log1p(-threshold)).astype(logits.dtype)
+  log_odds = logits[..., 1] - logits[..., 0]
+  fixed = (log_odds > jnp.log(threshold) - jnp.log1p(-threshold)).astype(logits.dtype)
   if key is None:
     return fixed
   sampled = straight_through_gumbel(logits, context.temperature, key)

@@ -37,7 +37,8 @@ def param(
 def dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
   """`x @ w` with operands in `dtype`, accumulated in float32, returned in x's dtype.
 
-  Shapes `[..., in] @ [in, out]`. The hand-written gradient casts its operands as well:
+  Shapes `[..., in] @ [in, out]`. A few rows and a float32 matrix stay float32 on CPUs, see
+  `reads_float32`. The hand-written gradient casts its operands as well:
   left to autodiff, a float32 cotangent would pull both gradient products up to float32, and
   on CPUs that is three times slower than bfloat16 tiles.
   """

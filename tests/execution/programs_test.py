@@ -130,6 +130,13 @@ def test_examples_of_a_batch_share_their_gates(pair):
     static(mel, frames, 'asr', ['fra', 'rus'], Gates(one))
 
 
+def test_gates_may_be_lists_or_a_fixed_pattern(pair):
+  pattern = gates_lib.pattern(gates_lib.all_open(pair[0].cfg.all_sites()), pair[0].cfg.all_sites())
+  for gates in (pattern.fixed(), Gates({'encoder/ffn': [1]}), Gates({'encoder/ffn': (1.0,)})):
+    a, b = (r(*features(0), 'asr', ['fra'], gates) for r in pair)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
 def test_what_skip_and_static_cannot_do(tone_data, assets, pair):
   for recognizer in pair:
     with pytest.raises(ValueError, match="encoder/ffn lie between open and closed.*'mask'"):

@@ -114,6 +114,23 @@ def test_unrolled_is_scanned():
   np.testing.assert_allclose(run(params).logits, scanned.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_inference_folds_the_merges_constants_and_leaves_the_callers_alone():
+  cfg = tiny_speech.config()
+  mine = jax.tree.map(np.array, tiny_speech.params())
+  kept = jax.tree.map(np.copy, mine)
+  folded = [for_inference(cfg, mine)[1]['encoder']['layers'] for _ in range(2)]
+  jax.tree.map(np.testing.assert_array_equal, mine, kept)
+  jax.tree.map(np.testing.assert_array_equal, *folded)
+  given = kept['encoder']['layers']['scan']
+  for i in range(cfg.encoder_layers):
+    layer, want = folded[0][f'layers_{i}'], given['merge_bias'][i]
+    for branch in ('attention', 'cgmlp'):
+      assert 'conv_bias' not in layer[branch]['merge']
+      merge = given[branch]['merge']
+      want = want + merge['conv_bias'][i] @ merge['kernel'][i]
+    np.testing.assert_allclose(layer['merge_bias'], want, rtol=1e-5, atol=1e-6)
+
+
 def test_what_inference_reads_token_by_token_stays_float32():
   """On CPUs, where a bfloat16 matrix would be converted at every token; others hold bfloat16."""
   cfg = tiny_speech.config(dtype='bfloat16')
