@@ -62,7 +62,13 @@ def get_config() -> SweepConfig:
   add('dense_1500', 0.5, steps=MORE_STEPS).model.gates.enabled = False
   add('both_0.5_1500', 0.5, steps=MORE_STEPS)
   add('both_0.3_1500', 0.3, steps=MORE_STEPS)
-  add('encoder_0.5_1500', 0.5, steps=MORE_STEPS).model.gates.stacks = ('encoder',)
+  # In the encoder it does: seeds, a fixed mask and a higher target of that point.
+  for seed in (0, 1, 2):
+    name = f'encoder_0.5_1500_seed{seed}' if seed else 'encoder_0.5_1500'
+    add(name, 0.5, seed, MORE_STEPS).model.gates.stacks = ('encoder',)
+  gates = add('encoder_0.5_1500_static', 0.5, steps=MORE_STEPS).model.gates
+  gates.stacks, gates.context = ('encoder',), ()
+  add('encoder_0.7_1500', 0.7, steps=MORE_STEPS).model.gates.stacks = ('encoder',)
   return SweepConfig(
     points=points,
     other='asterisk?languages=fra,rus,spa',
