@@ -38,6 +38,21 @@ class Context:
   sample: bool = flax.struct.field(pytree_node=False, default=False)
 
 
+@jax.custom_batching.custom_vmap
+def _is_open(gate: jax.Array) -> jax.Array:
+  return gate > 0
+
+
+@_is_open.def_vmap
+def _refuse(axis_size: int, batched: list[bool], gate: jax.Array) -> tuple[jax.Array, bool]:
+  if batched[0]:
+    raise ValueError(
+      'vmap over gates would run both branches of every module, with its parameters copied for '
+      "each example: group examples by gate pattern, use jax.lax.map, or execution='mask'"
+    )
+  return gate > 0, False
+
+
 def under_gate(
   execution: str,
   gate: jax.Array | bool | None,
@@ -58,7 +73,8 @@ def under_gate(
     run, skip: branches of equal output shapes and types.
 
   Raises:
-    ValueError: an unknown execution, or gates that differ by example under `skip`.
+    ValueError: an unknown execution, or gates that differ by example under `skip`, whether as
+      an array or through `vmap`.
   """
   if execution not in EXECUTIONS:
     raise ValueError(f'execution {execution!r} is not one of {EXECUTIONS}')
@@ -72,7 +88,7 @@ def under_gate(
       "run one utterance (or one gate pattern) at a time, or use execution='mask'"
     )
   # Only this module's parameters are lifted into the branches, so only they are operands.
-  return nn.cond(gate.reshape(()) > 0, run, skip, module, *operands)
+  return nn.cond(_is_open(gate.reshape(())), run, skip, module, *operands)
 
 
 def scale(execution: str, gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:

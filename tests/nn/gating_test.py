@@ -64,6 +64,20 @@ def test_skip_refuses_gates_that_differ_by_example():
     run(p, x, jnp.ones(2))
 
 
+def test_skip_refuses_vmap_over_gates_and_keeps_its_branch_under_others():
+  x = normal(2, 3, 5)
+  _, p = build(Gated('skip'), x, None)
+  call = lambda x, gate: Gated('skip').apply({'params': p}, x, gate)
+  with pytest.raises(ValueError, match='vmap over gates would run both branches.*lax.map'):
+    jax.vmap(call)(x, jnp.ones(2))
+  shared = jit(jax.vmap(call, (0, None)))
+  np.testing.assert_array_equal(shared(x, jnp.float32(0)), x)
+  assert shared.lower(x, jnp.float32(0)).as_text().count('stablehlo.case') == 1
+  each = jax.lax.map(lambda row: call(*row), (x, jnp.array([0.0, 1.0])))
+  np.testing.assert_allclose(each[0], x[0])
+  np.testing.assert_allclose(each[1], call(x, jnp.float32(1))[1], rtol=1e-6)
+
+
 def test_unknown_execution_is_named():
   with pytest.raises(ValueError, match='compact'):
     build(Gated('compact'), normal(2, 3, 5), None)
