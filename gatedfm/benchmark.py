@@ -14,13 +14,14 @@ from absl import flags
 
 from gatedfm import mains
 
-_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder'], 'What is timed.')
+_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder', 'decoder'], 'What is timed.')
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
 )
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.')
 _BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
 _FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
+_TOKENS = flags.DEFINE_integer('tokens', 20, 'That the decoder writes, one by one.')
 _PRUNED = flags.DEFINE_list('pruned', ['0', '0.3', '0.5', '0.7'], 'Shares of modules closed.')
 _MASKS = flags.DEFINE_integer('masks', 3, 'Random patterns per share.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by side.')
@@ -32,20 +33,22 @@ def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   from gatedfm import atomic, provenance
   from gatedfm.analysis import plots
-  from gatedfm.benchmarks import encoder
+  from gatedfm.benchmarks import stacks
 
   with mains.clear_errors():
-    case = encoder.Case(
-      encoder.model(_MODEL.value, _DTYPE.value),
+    case = stacks.Case(
+      _SUITE.value,
+      stacks.model(_MODEL.value, _DTYPE.value),
       _BATCH.value,
       _FRAMES.value,
-      encoder.shares(_PRUNED.value),
+      _TOKENS.value,
+      stacks.shares(_PRUNED.value),
       _MASKS.value,
       _ROUNDS.value,
       _SEED.value,
     )
     path = mains.folder(_JSON.value) if _JSON.value else None
-    rows = encoder.run(case, print)
+    rows = stacks.run(case, print)
     if path:
       result = provenance.collect('gatedfm.benchmark') | {'rows': rows}
       atomic.write_text(path, json.dumps(result, indent=1) + '\n')
