@@ -2,7 +2,7 @@
 
   python -m gatedfm.sweep --config=configs/gated_speech/quickstart.py --workdir=runs/quickstart
 
-On two cores about twelve minutes after the download; `bash launch/local.sh` calls it.
+On two cores about ten minutes after the download; `bash launch/local.sh` calls it.
 """
 
 import copy

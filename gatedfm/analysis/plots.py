@@ -334,7 +334,9 @@ def _middles(centres, counts):
 
 def _scatter(places, points):
   """A marker for each place, told apart by colour and shape, and a legend beside them."""
-  figure = figures.Figure(figsize=(7.2, 4.2), layout='constrained')
+  # As high as its legend.
+  height = max(4.2, 0.23 * len(points) + 0.2)
+  figure = figures.Figure(figsize=(7.2, height), layout='constrained')
   axes = figure.add_subplot()
   colors = _colors(points)
   for number, name in enumerate(points):

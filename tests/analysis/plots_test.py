@@ -90,6 +90,17 @@ def test_nothing_to_compare_gives_no_figure(summary, draw):
   assert draw({'dense': untimed, 'gated_0.5': points['gated_0.5']}) is None
 
 
+def test_the_legend_of_many_points_is_not_cut(summary):
+  points = dict(summary['points'])
+  points |= {f'another_{i}': points['gated_0.5'] for i in range(30)}
+  figure = plots.quality_against_time(points)
+  figure.draw_without_rendering()
+  box = figure.legends[0].get_window_extent()
+  assert len(figure.legends[0].texts) == len(points)
+  assert box.y0 >= 0
+  assert box.y1 <= figure.bbox.height
+
+
 def test_drawing_leaves_matplotlib_as_it_was(summary):
   before = dict(matplotlib.rcParams)
   plots.to_svg(plots.macs_against_time(summary['points']), 'a')
