@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
   from gatedfm import atomic, provenance
   from gatedfm.analysis import plots
   from gatedfm.benchmarks import stacks
+  from gatedfm.models.speech_config import ConfigError
 
   with mains.clear_errors():
     case = stacks.Case(
@@ -48,6 +49,10 @@ def main(argv: list[str]) -> None:
       _SEED.value,
     )
     path = mains.folder(_JSON.value) if _JSON.value else None
+    if path:
+      if path.suffix != '.json':
+        raise ConfigError(f'--json={path} must end in .json: the picture goes beside it as .png')
+      path.parent.mkdir(parents=True, exist_ok=True)  # tells now what cannot be written
     rows = stacks.run(case, print)
     if path:
       result = provenance.collect('gatedfm.benchmark') | {'rows': rows}

@@ -51,6 +51,8 @@ def test_required_flags(name):
     ('evaluate', ('--checkpoint=a', 'test'), r"unknown arguments ['test']"),
     ('transcribe', ('--checkpoint=a',), 'no audio files given'),
     ('benchmark', ('--pruned=0,2',), 'error: pruned is (0.0, 2.0); it is a list of shares'),
+    ('benchmark', ('--json=a.png',), 'error: --json=a.png must end in .json'),
+    ('benchmark', ('--json=/dev/null/a.json',), 'error: '),
     ('benchmark', ('--model=huge',), "error: model 'huge' is neither layers x width"),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
