@@ -147,7 +147,7 @@ class Decoder(nn.Module):
       self, 'embedding', init, ('vocab', 'embed'), (cfg.vocab_size, cfg.d)
     )
     self.drop = nn.Dropout(cfg.dropout)
-    self.layers = stack_lib.Stack(DecoderLayer, cfg, cfg.decoder_layers)
+    self.layers = stack_lib.Stack(DecoderLayer, cfg, cfg.decoder_layers, cfg.unroll_decoder)
     self.after_norm = layers.LayerNorm()
     self.output = layers.Linear(cfg.vocab_size, ('embed', 'vocab'), dtype)
 
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
     return self.output(self.after_norm(x)).astype(jnp.float32)
 
   def start(self, memory_BxSxD: jax.Array, gates: Gates, length: int) -> list[LayerCache]:
-    """One cache per layer; needs the unrolled layout (`scan_layers=False`)."""
+    """One cache per layer; needs the unrolled layout (`unroll_decoder`)."""
     return self.layers.each(lambda layer, g, _: layer.start(memory_BxSxD, g, length), gates)
 
   def step(

@@ -177,7 +177,7 @@ class EncoderLayer(nn.Module):
 
 
 def fold_constants(params: dict[str, Any]) -> dict[str, Any]:
-  """Unrolled parameters with each layer's merge constants in its `merge_bias`, once for all."""
+  """Parameters with each layer's merge constants in its `merge_bias`, once for all."""
   if not isinstance(params, dict):
     return params
   params = {k: fold_constants(v) for k, v in params.items()}
@@ -185,7 +185,8 @@ def fold_constants(params: dict[str, Any]) -> dict[str, Any]:
     for branch in ('attention', 'cgmlp'):
       merge = dict(params[branch]['merge'])
       # Not `+=`, which would write into the caller's arrays.
-      params['merge_bias'] = params['merge_bias'] + merge.pop('conv_bias') @ merge['kernel']
+      constant = jnp.einsum('...d,...de->...e', merge.pop('conv_bias'), merge['kernel'])
+      params['merge_bias'] = params['merge_bias'] + constant
       params[branch] = params[branch] | {'merge': merge}
   return params
 

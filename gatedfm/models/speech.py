@@ -194,16 +194,23 @@ def decoder_gates(encoded: Encoded) -> dict[str, jax.Array]:
 
 
 def for_inference(
-  cfg: SpeechConfig, params: dict[str, Any], execution: str = 'mask'
+  cfg: SpeechConfig,
+  params: dict[str, Any],
+  execution: str = 'mask',
+  scan_encoder: bool = False,
 ) -> tuple[SpeechModel, dict[str, Any]]:
-  """The model and parameters in the unrolled layout, which skipping and decoding need.
+  """The model and parameters in the unrolled layout, in which skipping and decoding are fastest.
+
+  With `scan_encoder` the encoder's layers are one loop: a program whose size, and the time to
+  compile it, do not grow with depth.
 
   Matrices come in the type of their products: cast once here instead of at every call and,
   behind a gate, at every token. On CPUs a decoder's stay float32, as `layers.dot` wants them for
   up to eight rows; skipping with a larger batch there converts them at every token. The merge's
   constants are folded (`encoder.fold_constants`).
   """
-  cfg = dataclasses.replace(cfg, scan_layers=False, remat='none', execution=execution)
+  layout = {'scan_layers': scan_encoder, 'unroll_decoder': True, 'remat': 'none'}
+  cfg = dataclasses.replace(cfg, execution=execution, **layout)
   dtype = jnp.dtype(cfg.dtype)
 
   def cast(path: tuple, x: jax.Array) -> jax.Array:
@@ -215,6 +222,9 @@ def for_inference(
     exact |= names[0] == 'decoder' and not once and layers.reads_float32(1)
     return x.astype(dtype) if names[-1] == 'kernel' and not exact else x
 
+  params = stack.unstack(params)
+  if scan_encoder:
+    params = params | {'encoder': stack.restack(params['encoder'])}
   return SpeechModel(cfg), jax.tree_util.tree_map_with_path(
-    cast, encoder_lib.fold_constants(stack.unstack(params))
+    cast, encoder_lib.fold_constants(params)
   )

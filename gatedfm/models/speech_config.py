@@ -96,8 +96,9 @@ class SpeechConfig:
     activation_dtype: everything between products. CPUs emulate bfloat16 arithmetic, so
       float32 is faster there; bfloat16 saves memory on accelerators. Parameters: float32.
     scan_layers: layers stacked and scanned (training); False unrolls them (inference).
+    unroll_decoder: the decoder's layers unrolled all the same, as cached decoding needs them.
     remat: `none`, `full` (recompute each layer) or `dots` (keep matrix products).
-    execution: how gates are executed, `mask` or `skip`.
+    execution: how gates are executed: `mask`, `skip` or `bucketed`.
   """
 
   vocab_size: int = 0
@@ -121,6 +122,7 @@ class SpeechConfig:
   dtype: str = 'float32'
   activation_dtype: str = 'float32'
   scan_layers: bool = True
+  unroll_decoder: bool = False
   remat: str = 'none'
   execution: str = 'mask'
   gates: GateConfig = dataclasses.field(default_factory=GateConfig)

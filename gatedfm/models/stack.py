@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gatedfm.models.speech_config import SpeechConfig
+from gatedfm.nn import layers
 
 Gates = dict[str, jax.Array | tuple[bool, ...]]
 PREFIX = 'layers_'
@@ -20,12 +21,14 @@ class Stack(nn.Module):
 
   Scanned, the parameters have a leading layer axis and the program one body, whatever the
   depth: the layout of checkpoints and of training. Unrolled, each layer has its own arrays,
-  which is what `lax.cond` needs to skip without copying weights (`unstack` converts).
+  (`unstack` converts), and its branches need no copies of them. Where a loop skips, without
+  dropout, matrices stay stacked and are sliced inside the branch that reads them.
   """
 
   layer: type[nn.Module]
   cfg: SpeechConfig
   length: int
+  unroll: bool = False
 
   def setup(self):
     cfg, layer = self.cfg, self.layer
@@ -37,7 +40,7 @@ class Stack(nn.Module):
         static_argnums=(5,),  # deterministic, counting the module itself
         policy=policy if cfg.remat == 'dots' else None,
       )
-    if cfg.scan_layers:
+    if self.scanned:
       self.scan = nn.scan(
         layer,
         variable_axes={'params': 0},
@@ -49,6 +52,11 @@ class Stack(nn.Module):
     else:
       self.layers = [layer(cfg) for _ in range(self.length)]
 
+  @property
+  def scanned(self) -> bool:
+    """Whether parameters have a leading layer axis."""
+    return self.cfg.scan_layers and not self.unroll
+
   def __call__(
     self, x: jax.Array, gates: Gates, a: Any, b: Any, deterministic: bool
   ) -> tuple[jax.Array, Gates]:
@@ -57,9 +65,11 @@ class Stack(nn.Module):
     Raises:
       ValueError: gates fixed on the host (tuples of bools) in the scanned layout.
     """
-    if self.cfg.scan_layers:
+    if self.scanned:
       if any(isinstance(g, tuple) for g in gates.values()):
         raise ValueError('one program body for all layers: fixed gates need scan_layers=False')
+      if self.cfg.execution == 'skip' and deterministic and not self.is_initializing():
+        return self._scan_in_place(x, gates, a, b)
       return self.scan(x, gates, a, b, deterministic)
     used = []
     for layer, g in self._pairs(gates):
@@ -67,14 +77,29 @@ class Stack(nn.Module):
       used.append(g)
     return x, jax.tree.map(lambda *g: g if isinstance(g[0], bool) else jnp.stack(g), *used)
 
+  def _scan_in_place(self, x: jax.Array, gates: Gates, a: Any, b: Any) -> tuple[jax.Array, Gates]:
+    """The scan, with matrices left where they are: `layers.Indexed`."""
+    layer = self.layer(self.cfg, parent=None)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(self.variables['params']['scan'])
+    # Taps are small, and read 31 times: XLA would fuse their slicing into every read.
+    stays = [path[-1].key == 'kernel' and path[-2].key != 'conv' for path, _ in leaves]
+    sliced = [None if s else w for s, (_, w) in zip(stays, leaves)]
+
+    def body(x: jax.Array, step: tuple) -> tuple[jax.Array, Gates]:
+      i, own, g = step
+      mine = [layers.Indexed(w, i) if s else v for s, v, (_, w) in zip(stays, own, leaves)]
+      return layer.apply({'params': jax.tree.unflatten(tree, mine)}, x, g, a, b, True)
+
+    return jax.lax.scan(body, x, (jnp.arange(self.length), sliced, gates))
+
   def _pairs(self, gates: Gates) -> Iterator[tuple[nn.Module, Gates]]:
     for i, layer in enumerate(self.layers):
       yield layer, {m: g[i] for m, g in gates.items()}
 
   def each(self, visit: Callable[[nn.Module, Gates, int], Any], gates: Gates) -> list[Any]:
     """`visit(layer, its gates, i)` for every layer in order; unrolled layout only."""
-    if self.cfg.scan_layers:
-      raise ValueError('cached decoding needs scan_layers=False and unstacked parameters')
+    if self.scanned:
+      raise ValueError('cached decoding needs unroll_decoder and unstacked parameters')
     return [visit(layer, g, i) for i, (layer, g) in enumerate(self._pairs(gates))]
 
 

@@ -12,10 +12,13 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gatedfm.nn import layers
 
-EXECUTIONS = ('mask', 'skip')
+EXECUTIONS = ('mask', 'skip', 'bucketed')
+# Steps in which `bucketed` rounds up the examples of a batch that open a module.
+CAPACITIES = 4
 
 
 @flax.struct.dataclass
@@ -61,12 +64,16 @@ def under_gate(
   skip: Callable[..., Any],
   *operands: Any,
 ) -> Any:
-  """`run(module, *operands)`, or under `skip` with a closed gate `skip(module, *operands)`.
+  """`run(module, *operands)`, or with a closed gate `skip(module, *operands)`.
+
+  Differentiated, a branch recomputes what it needs: handed out of it, its intermediate values
+  would have to be written, as zeros, by a closed gate too.
 
   Args:
     execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
-      costs nothing; any gate above 0 counts as open.
-    gate: None (no gate), a scalar, or one value per example (several examples: mask only). A
+      costs nothing; any gate above 0 counts as open. `bucketed` runs where any example's gate
+      is open, and what it runs must be multiplied by the gates (`scale`).
+    gate: None (no gate), a scalar, or one value per example (several examples: not `skip`). A
       Python bool is decided while tracing, whatever the execution: what is closed is not even
       in the program.
     module: the module whose parameters the branches may use, and no other's.
@@ -82,17 +89,18 @@ def under_gate(
     return run(module, *operands) if gate else skip(module, *operands)
   if gate is None or execution == 'mask' or module.is_initializing():
     return run(module, *operands)
-  if gate.size > 1:
+  if execution == 'skip' and gate.size > 1:
     raise ValueError(
       f'skip needs one gate for the whole batch, got one of shape {gate.shape}; '
-      "run one utterance (or one gate pattern) at a time, or use execution='mask'"
+      "run one utterance (or one gate pattern) at a time, or use execution='bucketed'"
     )
   # Only this module's parameters are lifted into the branches, so only they are operands.
-  return nn.cond(_is_open(gate.reshape(())), run, skip, module, *operands)
+  largest = jnp.max(gate) if gate.size > 1 else gate.reshape(())
+  return nn.cond(_is_open(lax.stop_gradient(largest)), nn.remat(run), skip, module, *operands)
 
 
 def scale(execution: str, gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:
-  """`gate * y` under `mask`, the gate over leading axes; else y, which an open gate let run.
+  """`gate * y` with the gate over leading axes; under `skip` y, which an open gate let run.
 
   To multiply by an open gate would cost `skip` an operation or two per module.
   """
@@ -112,9 +120,44 @@ def add_gated(
   """`total + gate * module(x, *args)`, all of one shape.
 
   The sum belongs to the branch: a closed gate hands `total` on and costs no addition either.
+  Under `bucketed` the module runs for the examples alone whose gates are open; it must treat
+  examples apart, and arrays of `args` whose leading axis is the batch's are theirs.
   """
+  close = lambda m, total, x: total
+  if _gathers(execution, gate, x) and not module.is_initializing():
+    level, branches = _by_capacity(gate, args)
+    return nn.switch(level, [close, *branches], module, total, x)
   run = lambda m, total, x: total + scale(execution, gate, m(x, *args))
-  return under_gate(execution, gate, module, run, lambda m, total, x: total, total, x)
+  return under_gate(execution, gate, module, run, close, total, x)
+
+
+def _gathers(execution: str, gate: jax.Array | bool | None, x: jax.Array) -> bool:
+  """Whether to pick examples: a product of single rows would read its matrix all the same."""
+  apart = not isinstance(gate, bool) and gate is not None and gate.size > 1
+  return execution == 'bucketed' and apart and x.shape[1] > 1
+
+
+def _by_capacity(gate_B: jax.Array, args: tuple) -> tuple[jax.Array, list[Callable[..., Any]]]:
+  """Which branch fits the open examples, 0 where there are none, and the branches from 1 on."""
+  batch = gate_B.size
+  capacities = sorted({-(-batch * i // CAPACITIES) for i in range(1, CAPACITIES + 1)})
+  is_open_B = _is_open(lax.stop_gradient(gate_B))
+  open_first_B = jnp.argsort(~is_open_B, stable=True)
+  level = jnp.searchsorted(jnp.array([0, *capacities]), jnp.sum(is_open_B))
+
+  def branch(rows: int) -> Callable[..., jax.Array]:
+    at = open_first_B[:rows]
+    pick = lambda a: a[at] if getattr(a, 'shape', ())[:1] == (batch,) else a
+
+    def run(m: nn.Module, total: jax.Array, x: jax.Array) -> jax.Array:
+      if rows == batch:
+        return total + scale('bucketed', gate_B, m(x, *args))
+      y = scale('bucketed', gate_B[at], m(x[at], *map(pick, args)))
+      return total.at[at].add(y, unique_indices=True)
+
+    return run
+
+  return level, [branch(rows) for rows in capacities]
 
 
 def straight_through_gumbel(

@@ -9,12 +9,29 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Dtype = Any
+
+
+@flax.struct.dataclass
+class Indexed:
+  """Matrix `index` (scalar) of a stack `[N, ...]`, taken out where `dot` needs it.
+
+  A loop that slices its layers' matrices copies those of closed modules too; this way a matrix
+  is sliced inside the branch that reads it.
+  """
+
+  stack: jax.Array
+  index: jax.Array
+
+  def take(self) -> jax.Array:
+    """The matrix."""
+    return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
 
 
 def param(
@@ -24,7 +41,9 @@ def param(
   axes: Sequence[str | None],
   shape: Sequence[int],
 ) -> jax.Array:
-  """A float32 parameter whose axes carry logical names."""
+  """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed`."""
+  if isinstance(given := module.get_variable('params', name), Indexed):
+    return given
   # Flax wants each name once; further small axes are replicated all the same.
   named = tuple(None if a in axes[:i] else a for i, a in enumerate(axes))
   if not module.is_initializing():
@@ -33,8 +52,7 @@ def param(
   return module.param(name, nn.with_logical_partitioning(init, named), tuple(shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Indexed, dtype: Dtype) -> jax.Array:
   """`x @ w` with operands in `dtype`, accumulated in float32, returned in x's dtype.
 
   Shapes `[..., in] @ [in, out]`. A few rows and a float32 matrix stay float32 on CPUs, see
@@ -42,6 +60,11 @@ def dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
   left to autodiff, a float32 cotangent would pull both gradient products up to float32, and
   on CPUs that is three times slower than bfloat16 tiles.
   """
+  return _differentiable_dot(x, w.take() if isinstance(w, Indexed) else w, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _differentiable_dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
   return _dot(x, w, dtype, x.dtype)
 
 
@@ -68,7 +91,7 @@ def _dot_grad(dtype: Dtype, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax
   return dx, _dot(rows(x).T, rows(dy), dtype, jnp.float32)
 
 
-dot.defvjp(
+_differentiable_dot.defvjp(
   lambda x, w, dtype: (
     _dot(x, w, dtype, x.dtype),
     (x.astype(dtype), w.astype(dtype), jnp.zeros((), x.dtype)),

@@ -1,4 +1,4 @@
-"""The central test: dense, mask and skip are one model, teacher-forced and decoding.
+"""The central test: however gates are executed, it is one model, teacher-forced and decoding.
 
 One program of each execution serves all gates.
 """
@@ -23,6 +23,8 @@ from gatedfm.nn import gating
 ENCODERS = tuple(ENCODER_MODULES)
 TOKENS = tiny_speech.TOKENS
 ONE = tiny_speech.inputs(batch=1)
+# What may skip: layer by layer, or all of the encoder's in one loop.
+SKIPS = ('skip', 'scanned')
 
 
 @functools.cache
@@ -55,7 +57,8 @@ def everything(model, params, gates, x, frames, tokens, context):
 @functools.cache
 def traced_program(encoder, execution, gated):
   cfg, params = config_and_params(encoder)
-  model, params = for_inference(cfg, params, execution)
+  scanned = execution == 'scanned'
+  model, params = for_inference(cfg, params, 'skip' if scanned else execution, scanned)
   gates = gates_lib.all_open(cfg.all_sites()) if gated else None
   return jax.jit(functools.partial(everything, model)).trace(params, gates, *ONE), params
 
@@ -86,6 +89,16 @@ def closed(cfg, *names):
 def assert_close(a, b, tolerance=1e-5):
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def agree(encoder, gates):
+  """Checks that all ways give one answer, steps what the sentence gives; returns it."""
+  mask = run(encoder, 'mask', gates)
+  for way in ('mask', *SKIPS):
+    other = run(encoder, way, gates)
+    assert_close(mask, other)
+    assert_close({'': other['logits']}, {'': other['decoded']})
+  return mask
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
@@ -122,10 +135,11 @@ def test_open_layers_are_dense_bit_for_bit(execution):
 def test_all_open_is_dense_compiled(encoder):
   gates = gates_lib.all_open(config_and_params(encoder)[0].all_sites())
   dense = program(encoder, 'mask', gated=False)[0](None)
-  mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
+  mask = run(encoder, 'mask', gates)
   for name in dense:
     np.testing.assert_array_equal(mask[name], dense[name], err_msg=name)
-  assert_close(skip, dense, 1e-6)
+  for way in SKIPS:
+    assert_close(run(encoder, way, gates), dense, 1e-6)
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
@@ -135,10 +149,7 @@ def test_closing_a_whole_site(encoder):
   dense = program(encoder, 'mask', gated=False)[0](None)
   for site in cfg.all_sites():
     gates = closed(cfg, site.name)
-    mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
-    assert_close(mask, skip)
-    assert_close({'': mask['logits']}, {'': mask['decoded']})
-    assert_close({'': skip['logits']}, {'': skip['decoded']})
+    mask = agree(encoder, gates)
     assert np.abs(mask['logits'] - dense['logits']).max() > 1e-4, site.name
     same = np.array_equal(mask['memory'], dense['memory'])
     assert same == (site.stack == 'decoder'), site.name
@@ -148,9 +159,7 @@ def test_closing_a_whole_site(encoder):
 def test_closing_everything(encoder):
   cfg, _ = config_and_params(encoder)
   gates = closed(cfg, *[s.name for s in cfg.all_sites()])
-  mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
-  assert_close(mask, skip)
-  assert_close({'': mask['logits']}, {'': mask['decoded']})
+  mask = agree(encoder, gates)
   assert np.isfinite(mask['logits']).all()
 
 
@@ -161,11 +170,7 @@ def test_random_patterns(encoder):
   @settings(max_examples=12, deadline=None, database=None)
   @given(st.integers(0, 10_000))
   def holds(seed):
-    gates = tiny_speech.random_gates(cfg, seed)
-    mask, skip = run(encoder, 'mask', gates), run(encoder, 'skip', gates)
-    assert_close(mask, skip)
-    assert_close({'': mask['logits']}, {'': mask['decoded']})
-    assert_close({'': skip['logits']}, {'': skip['decoded']})
+    agree(encoder, tiny_speech.random_gates(cfg, seed))
 
   holds()
 
@@ -183,6 +188,32 @@ def test_skip_branches_once_a_gate_and_selects_nowhere(encoder):
   assert low('skip', True).count('stablehlo.case') == gates + again
   assert selects(low('skip', True)) == selects(low('skip', False))
   assert ' conditional(' not in program(encoder, 'mask')[1]
+
+
+def test_a_loop_slices_matrices_inside_its_branches_alone():
+  """Sliced outside, matrices of closed modules would be copied all the same."""
+  traced, params = traced_program('e_branchformer', 'scanned', True)
+  body, *more = [
+    body
+    for e in traced.jaxpr.jaxpr.eqns
+    if e.primitive.name == 'scan' and e.params['length'] == 2
+    for body in tiny_speech.jaxprs_of(e)
+  ]
+  assert not more
+  stacked = jax.tree_util.tree_leaves_with_path(params['encoder']['layers']['scan'])
+  matrices = [w.shape for path, w in stacked if path[-1].key == 'kernel' and path[-2].key != 'conv']
+  taken = lambda eqns: sorted(
+    e.invars[0].aval.shape
+    for e in eqns
+    if e.primitive.name == 'dynamic_slice' and e.invars[0].aval.shape in matrices
+  )
+  branches = [e for e in body.eqns if e.primitive.name == 'cond']
+  assert len(branches) == len(ENCODER_MODULES['e_branchformer'])
+  inside = [taken(tiny_speech.equations(b)) for e in branches for b in tiny_speech.jaxprs_of(e)]
+  assert sorted(sum(inside, [])) == taken(tiny_speech.equations(body)) == sorted(matrices)
+  # And what the loop slices for itself is small.
+  sliced = {v.aval.shape for v in body.invars}
+  assert not sliced & {shape[1:] for shape in matrices}
 
 
 def test_a_closed_branch_computes_nothing_and_takes_its_own_parameters_alone():
@@ -219,8 +250,30 @@ def test_decoding_needs_the_unrolled_layout():
     encoded = call(*tiny_speech.inputs()[:2], tiny_speech.context(), method='encode')
     return call(encoded, 3, method='start')
 
-  with pytest.raises(ValueError, match='scan_layers=False'):
+  with pytest.raises(ValueError, match='unroll_decoder'):
     jax.eval_shape(start)
+
+
+@functools.cache
+def batch_program(encoder, execution):
+  cfg, params = config_and_params(encoder)
+  model, params = for_inference(cfg, params, execution)
+  batch = tiny_speech.inputs()
+  run = tiny_speech.jit(functools.partial(everything, model))
+  return lambda gates: run(params, gates, *batch)
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_bucketed_gives_each_example_what_mask_gives_it(encoder):
+  cfg, _ = config_and_params(encoder)
+  every = gates_lib.all_open(cfg.all_sites())
+  each = jax.tree.map(lambda g: jnp.repeat(g[:, None], tiny_speech.BATCH, 1), every)
+  cases = [each, jax.tree.map(jnp.zeros_like, each)]
+  cases += [tiny_speech.random_gates(cfg, seed, tiny_speech.BATCH) for seed in range(12)]
+  for gates in cases:
+    bucketed = batch_program(encoder, 'bucketed')(gates)
+    assert_close(batch_program(encoder, 'mask')(gates), bucketed)
+    assert_close({'': bucketed['logits']}, {'': bucketed['decoded']})
 
 
 def test_examples_of_a_batch_have_gates_of_their_own():

@@ -96,7 +96,7 @@ def test_full_recomputes_products_and_dots_keeps_them(scan):
 
 def test_each_needs_the_unrolled_layout():
   scanned = stack(True, 'none').bind({'params': toy_params()})
-  with pytest.raises(ValueError, match='scan_layers=False'):
+  with pytest.raises(ValueError, match='unroll_decoder'):
     scanned.each(lambda *a: None, GATES)
   unrolled = stack(False, 'none').bind({'params': stack_lib.unstack(toy_params())})
   seen = unrolled.each(lambda layer, g, i: (type(layer), g['ffn'].tolist(), i), GATES)

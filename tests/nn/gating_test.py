@@ -39,22 +39,45 @@ def test_gated(execution):
   np.testing.assert_array_equal(run(p, x, jnp.ones(1)), y)
   np.testing.assert_array_equal(run(p, x, jnp.float32(0)), x)
   hlo = run.lower(p, x, jnp.float32(1)).as_text()
-  assert hlo.count('stablehlo.case') == (execution == 'skip')
+  assert hlo.count('stablehlo.case') == (execution != 'mask')
 
 
 def test_fractions_scale_under_mask_and_are_open_under_skip():
   x = normal(2, 3, 5)
-  (mask, p), (skip, _) = (build(Gated(execution), x, None) for execution in gating.EXECUTIONS)
+  (mask, p), (skip, _) = (build(Gated(e), x, None) for e in ('mask', 'skip'))
   y = mask(p, x, None)
   np.testing.assert_allclose(mask(p, x, jnp.float32(0.25)), x + (y - x) / 4, rtol=1e-5)
   np.testing.assert_array_equal(skip(p, x, jnp.float32(0.25)), y)
 
 
-def test_mask_gates_each_example():
-  x = normal(2, 3, 5)
-  run, p = build(Gated('mask'), x, None)
-  want = x + (run(p, x, None) - x) * np.array([0, 0.25])[:, None, None]
-  np.testing.assert_allclose(run(p, x, jnp.array([0.0, 0.25])), want, rtol=1e-5)
+@pytest.mark.parametrize('execution', ['mask', 'bucketed'])
+@pytest.mark.parametrize('length', [1, 3])
+def test_each_example_has_its_gate(execution, length):
+  x = normal(6, length, 5)
+  run, p = build(Gated(execution), x, None)
+  y = run(p, x, None)
+  for gates in ([0] * 6, [0, 0, 0, 0.25, 0, 0], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0.5], [1] * 6):
+    want = x + (y - x) * np.array(gates)[:, None, None]
+    np.testing.assert_allclose(run(p, x, jnp.array(gates, float)), want, rtol=1e-5, atol=1e-6)
+
+
+def test_bucketed_runs_the_open_examples_alone():
+  x = normal(6, 3, 5)
+  run, p = build(Gated('bucketed'), x, None)
+  hlo = run.lower(p, x, jnp.ones(6)).as_text()
+  assert hlo.count('stablehlo.case') == 1
+  # Six examples in four steps: 2, 3, 5 or 6 of them.
+  for rows in range(1, 7):
+    product = f'(tensor<{rows}x3x5xf32>, tensor<5x5xf32>) -> tensor<{rows}x3x5xf32>'
+    assert hlo.count(product) == (rows in (2, 3, 5, 6)), rows
+
+
+def test_bucketed_looks_at_the_whole_batch_where_an_example_has_one_row():
+  x = normal(6, 1, 5)
+  run, p = build(Gated('bucketed'), x, None)
+  hlo = run.lower(p, x, jnp.ones(6)).as_text()
+  assert hlo.count('stablehlo.case') == 1
+  assert hlo.count('dot_general') == 1
 
 
 def test_skip_refuses_gates_that_differ_by_example():
@@ -62,6 +85,14 @@ def test_skip_refuses_gates_that_differ_by_example():
   run, p = build(Gated('skip'), x, None)
   with pytest.raises(ValueError, match=r'skip needs one gate .* shape \(2,\)'):
     run(p, x, jnp.ones(2))
+
+
+def test_bucketed_refuses_vmap_over_gates():
+  x = normal(2, 3, 3, 5)
+  _, p = build(Gated('bucketed'), x[0], None)
+  call = lambda x, gate: Gated('bucketed').apply({'params': p}, x, gate)
+  with pytest.raises(ValueError, match='vmap over gates would run'):
+    jax.vmap(call)(x, jnp.ones((2, 3)))
 
 
 def test_skip_refuses_vmap_over_gates_and_keeps_its_branch_under_others():
