@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
   path = mains.folder(_SUMMARY.value)
   try:
     summary = report.load(path)
-  except (OSError, ValueError) as e:
+  except OSError as e:
+    raise SystemExit(f'error: {path}: {e.strerror}; give the summary.json of a sweep') from None
+  except ValueError as e:
     raise SystemExit(f'error: {e}') from None
   if _MARKDOWN.value:
     for title, rows in report.tables(summary):

@@ -1,7 +1,7 @@
 """Trains a model.
 
 Example:
-  python -m gatedfm.train --config=configs/gated_speech/tiny.py --workdir=runs/tiny \
+  python -m gatedfm.train --config=configs/gated_speech/tiny.py --workdir=runs/tiny \\
       --config.model.d=96 --config.steps=500
 
 The same command on the same workdir resumes.

@@ -46,7 +46,8 @@ install() {
   fi
   for file in "$@"; do
     # One stamp per file, not per content: pins that go back, as a checkout does, count as others.
-    stamp=".venv/installed-$(basename "$file")" sum=$(sha256sum <"$file")
+    stamp=".venv/installed-$(basename "$file")"
+    sum=$(sha256sum <"$file") || return 1
     if [ "$(cat "$stamp" 2>/dev/null)" != "$sum" ]; then
       echo "installing $file into .venv"
       .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file" || return 1

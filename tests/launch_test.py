@@ -65,6 +65,9 @@ def test_a_failure_leaves_the_shell_that_asked_and_no_stamp(install, tmp_path):
   for _ in range(2):
     out = subprocess.run(shell, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     assert out.stdout.splitlines() == ['installing pins.txt into .venv', 'refused']
+  (tmp_path / 'pins.txt').unlink()  # no stamp and no pins are not alike
+  out = subprocess.run(shell, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+  assert out.stdout.splitlines() == ['refused']
 
 
 def test_an_environment_without_pip_is_made_anew(install, tmp_path):
