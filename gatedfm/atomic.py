@@ -28,6 +28,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def check(path: Path) -> None:
+  """Tells before long work whether a file can be written there; folders are made where missing.
+
+  Raises:
+    OSError: it cannot.
+  """
+  if path.is_dir():
+    raise IsADirectoryError(f'{path} is a folder; name a file')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent).cleanup()
+
+
 def write_text(path: Path, content: str) -> None:
   """Writes a text file whole, as UTF-8; see `write_bytes`."""
   write_bytes(path, content.encode('utf-8'))

@@ -14,7 +14,7 @@ from absl import flags
 
 from gatedfm import mains
 
-_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder', 'decoder'], 'What is timed.')
+_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder', 'decoder', 'train'], 'What is timed.')
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
 )
@@ -22,6 +22,7 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matr
 _BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
 _FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
 _TOKENS = flags.DEFINE_integer('tokens', 20, 'That the decoder writes, one by one.')
+_CONTEXTS = flags.DEFINE_integer('contexts', 1, 'Gate patterns within the batch.')
 _PRUNED = flags.DEFINE_list('pruned', ['0', '0.3', '0.5', '0.7'], 'Shares of modules closed.')
 _MASKS = flags.DEFINE_integer('masks', 3, 'Random patterns per share.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by side.')
@@ -43,19 +44,22 @@ def main(argv: list[str]) -> None:
       _BATCH.value,
       _FRAMES.value,
       _TOKENS.value,
+      _CONTEXTS.value,
       stacks.shares(_PRUNED.value),
       _MASKS.value,
       _ROUNDS.value,
       _SEED.value,
     )
+    case.validate()
     path = mains.folder(_JSON.value) if _JSON.value else None
-    if path:
-      if path.suffix != '.json':
-        raise ConfigError(f'--json={path} must end in .json: the picture goes beside it as .png')
-      path.parent.mkdir(parents=True, exist_ok=True)  # tells now what cannot be written
+    if path and path.suffix != '.json':
+      raise ConfigError(f'--json={path} must end in .json: the picture goes beside it as .png')
+    for target in (path, path.with_suffix('.png')) if path else ():
+      atomic.check(target)
+    origin = provenance.collect('gatedfm.benchmark')  # of what runs, whatever is edited meanwhile
     rows = stacks.run(case, print)
     if path:
-      result = provenance.collect('gatedfm.benchmark') | {'rows': rows}
+      result = origin | {'rows': rows}
       atomic.write_text(path, json.dumps(result, indent=1) + '\n')
       plots.save(plots.time_against_macs(rows), path.with_suffix('.png'))
       print(path)

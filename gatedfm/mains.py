@@ -157,7 +157,7 @@ def clear_errors() -> Iterator[None]:
   from gatedfm.trainers.workdirs import WorkdirError
 
   # A folder that a flag or a variable names and that cannot be made or written to.
-  folders = (PermissionError, FileExistsError, NotADirectoryError)
+  folders = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
   try:
     yield
   except (

@@ -46,3 +46,13 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
   with pytest.raises(OSError, match='disk full'):
     atomic.write_text(tmp_path / 'a', 'new')
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
+
+
+def test_what_cannot_be_written_is_told_beforehand(tmp_path):
+  atomic.check(tmp_path / 'a' / 'b.txt')
+  assert [p.name for p in tmp_path.rglob('*')] == ['a']
+  with pytest.raises(IsADirectoryError, match='a is a folder; name a file'):
+    atomic.check(tmp_path / 'a')
+  (tmp_path / 'file').touch()
+  with pytest.raises(FileExistsError):
+    atomic.check(tmp_path / 'file' / 'b.txt')

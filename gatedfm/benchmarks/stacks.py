@@ -1,17 +1,13 @@
 """A stack alone: its time over dense, against the MACs that its gates keep.
 
-The encoder runs once over frames; the decoder writes tokens one by one with caches, the
-projection of the encoder's output included. Letters: B batch, S frames of 40 ms, L tokens,
-D model width, V vocabulary.
+Letters: B batch, S frames of 40 ms, L tokens, D model width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,24 +17,32 @@ import numpy as np
 
 from gatedfm import clock
 from gatedfm import gates as gates_lib
-from gatedfm.gates import Gates, Pattern
+from gatedfm.benchmarks import ways
+from gatedfm.gates import Pattern
 from gatedfm.models import speech_costs
-from gatedfm.models.speech import Encoded, SpeechModel, for_inference
 from gatedfm.models.speech_config import ConfigError, SpeechConfig, choice, owsm
-from gatedfm.nn import gating
 from gatedfm.trainers import step
 
-# Time over dense that a way should stay below, by stack and the share k of the MACs that it keeps.
+# Time over dense that a way should stay below, by suite and the share k of the MACs that it keeps.
 BOUNDS: dict[str, dict[str, Callable[[float], float]]] = {
   'encoder': {
     'mask': lambda k: 1.08,
     'skip': lambda k: 1.10 * k + 0.08,
+    'scanned': lambda k: 1.20 * k + 0.12,
     'static': lambda k: k + 0.08,
+    'layerwise': lambda k: 1.10 * k + 0.10,
+    'bucketed': lambda k: k + 0.15,
   },
   'decoder': {
     'mask': lambda k: 1.08,
     'skip': lambda k: k + 0.10,
     'static': lambda k: k + 0.10,
+    'bucketed': lambda k: 1.08,
+  },
+  'train': {
+    'mask': lambda k: 1.08,
+    'skip': lambda k: k + 0.10,
+    'bucketed': lambda k: k + 0.20,
   },
 }
 
@@ -48,22 +52,24 @@ class Case:
   """What is timed.
 
   Attributes:
-    stack: `encoder` or `decoder`.
+    suite: `encoder`, `decoder` or `train` (see `ways.make`).
     model: shapes and dtype; its parameters are random.
-    batch: B, examples that share their gates.
+    batch: B, examples.
     frames: S, all of them valid.
     tokens: L, that the decoder writes.
+    contexts: gate patterns in the batch; with more than one, ways for gates that differ.
     pruned: shares of the modules that are closed, one row of results for each.
     masks: random patterns per share; which modules are closed matters.
     rounds: side by side.
     seed: of parameters, inputs and patterns.
   """
 
-  stack: str
+  suite: str
   model: SpeechConfig
   batch: int = 1
   frames: int = 100
   tokens: int = 20
+  contexts: int = 1
   pruned: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7)
   masks: int = 3
   rounds: int = 15
@@ -71,13 +77,22 @@ class Case:
 
   def validate(self) -> None:
     """Raises ConfigError for what cannot be timed."""
-    choice('stack', self.stack, tuple(BOUNDS))
-    for name in ('batch', 'frames', 'tokens', 'masks', 'rounds'):
+    choice('suite', self.suite, tuple(BOUNDS))
+    for name in ('batch', 'frames', 'tokens', 'contexts', 'masks', 'rounds'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be positive')
+    if self.contexts > self.batch:
+      raise ConfigError(f'{self.contexts} contexts need a batch as large; it is {self.batch}')
+    if self.seed < 0:
+      raise ConfigError(f'seed is {self.seed}; it must not be negative')
     if not self.pruned or any(not 0 <= p <= 1 for p in self.pruned):
       raise ConfigError(f'pruned is {self.pruned}; it is a list of shares in [0, 1]')
     self.model.validate()
+
+  @property
+  def stack(self) -> str:
+    """Whose gates are closed."""
+    return 'decoder' if self.suite == 'decoder' else 'encoder'
 
   @property
   def sites(self) -> list[gates_lib.Site]:
@@ -86,22 +101,25 @@ class Case:
 
 
 def model(shape: str, dtype: str, vocabulary: int = 1000) -> SpeechConfig:
-  """A model of `layers x width` (both stacks, heads of 64) or of OWSM's shapes.
+  """A model of `layers x width` (both stacks; heads of 64, or one narrower) or of OWSM's shapes.
 
   Raises:
     ConfigError: a shape that is neither.
   """
   if found := re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', shape):
     layers, d = map(int, found.groups())
+    if d % 2 or (d > 64 and d % 64):
+      raise ConfigError(f'model {shape!r}: a width is even up to 64, then a multiple of 64')
     wide = dict.fromkeys(('encoder_ffn', 'decoder_ffn', 'cgmlp'), 4 * d)
-    heads = max(1, d // 64)
     depth = {'encoder_layers': layers, 'decoder_layers': layers}
-    cfg = SpeechConfig(vocabulary, d=d, heads=heads, **depth, **wide)
+    cfg = SpeechConfig(vocabulary, d=d, heads=max(1, d // 64), **depth, **wide)
   else:
     try:
       cfg = owsm(shape)
-    except ConfigError as e:
-      raise ConfigError(f'model {shape!r} is neither layers x width, as 6x256, nor {e}') from None
+    except ConfigError:
+      raise ConfigError(
+        f'model {shape!r} is neither layers x width, such as 6x256, nor base, small or medium'
+      ) from None
   return dataclasses.replace(cfg, dtype=dtype, dropout=0.0, attention_dropout=0.0)
 
 
@@ -113,21 +131,28 @@ def shares(texts: Sequence[str]) -> tuple[float, ...]:
     raise ConfigError(f'pruned: {e}') from None
 
 
-def random_pattern(sites: Sequence[gates_lib.Site], pruned: float, rng: Any) -> Pattern:
-  """A pattern with that share of all modules closed, drawn at random, rounded to whole ones."""
+def random_pattern(sites: Sequence[gates_lib.Site], closed: int, rng: Any) -> Pattern:
+  """A pattern with that many of all modules closed, drawn at random."""
   open_M = np.ones(sum(s.layers for s in sites), bool)
-  open_M[rng.permutation(open_M.size)[: round(pruned * open_M.size)]] = False
+  open_M[rng.permutation(open_M.size)[:closed]] = False
   parts = np.split(open_M, np.cumsum([s.layers for s in sites])[:-1])
   return Pattern(tuple((s.name, tuple(p.tolist())) for s, p in zip(sites, parts)))
 
 
-def macs_kept(case: Case, pattern: Pattern) -> float:
-  """k: the share of the stack's multiply-accumulates in what is open or has no gate."""
+def macs(case: Case, pattern: Pattern) -> float:
+  """Multiply-accumulates of one example through what is open or has no gate."""
   cfg = case.model
   costs = speech_costs.site_costs(cfg, 4 * case.frames + 3, case.tokens)
-  macs = lambda share: sum(costs[name].macs * share(row) for name, row in pattern.sites)
-  output = case.tokens * cfg.d * cfg.vocab_size if case.stack == 'decoder' else 0
-  return (macs(sum) + output) / (macs(len) + output)
+  output = case.tokens * cfg.d * cfg.vocab_size if case.suite == 'decoder' else 0
+  # Going backward takes two products for each one going forward.
+  times = 3 if case.suite == 'train' else 1
+  return times * (sum(costs[name].macs * sum(row) for name, row in pattern.sites) + output)
+
+
+def macs_kept(case: Case, patterns: Sequence[Pattern]) -> float:
+  """k: the share of the stack's MACs that the patterns keep, on average."""
+  dense = Pattern(tuple((s.name, (True,) * s.layers) for s in case.sites))
+  return float(np.mean([macs(case, p) for p in patterns]) / macs(case, dense))
 
 
 def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
@@ -137,117 +162,79 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
     case: what to time.
     say: is told what was measured.
 
-  Returns: one row per way and pattern: `way`, `pruned` (share of the modules), `macs_kept` (k),
-    `ratio` (of the rounds' times over dense, quartiles), `seconds` and `dense_seconds` (quartiles),
-    `bound`, `compile_seconds`, `temp_bytes` and `difference`, the largest from what `mask` gives.
+  Returns: one row per way and draw of patterns: `way`, `pruned` (share of the modules),
+    `pattern` (of each context), `macs_kept` (k), `ratio` (of the rounds' times over dense,
+    quartiles), `seconds` and `dense_seconds` (quartiles), `bound`, `compile_seconds`,
+    `temp_bytes`, `roofline` (operations per second over those of a large matrix product) and
+    `difference`, the largest from what `mask` gives.
 
   Raises:
     ConfigError: a case that cannot be timed.
   """
   case.validate()
-  sites = case.sites
   shape = (case.batch, case.frames, case.model.d)
   dtype = jnp.dtype(case.model.activation_dtype)
   x_BxSxD = jax.random.normal(jax.random.key(case.seed), shape, dtype)
-  params = step.nn.unbox(step.init_params(case.model, jax.random.key(case.seed)))
-  models = {way: for_inference(case.model, params, way) for way in gating.EXECUTIONS}
-  models |= {'dense': models['mask'], 'static': models['mask']}
-  models = {way: (model, {case.stack: p[case.stack]}) for way, (model, p) in models.items()}
-  compiled = lambda way, gates: _compile(case, *models[way], x_BxSxD, gates)
-  opened = gates_lib.all_open(sites).stack(case.stack, sites)
-  programs = {'dense': compiled('dense', {})}
-  programs |= {way: compiled(way, opened) for way in gating.EXECUTIONS}
-  rng, rows = np.random.default_rng(case.seed), []
-  for pruned in case.pruned:
-    # Of nothing and of everything there is one pattern.
-    for _ in range(case.masks if 0 < pruned < 1 else 1):
-      pattern = random_pattern(sites, pruned, rng)
-      programs['static'] = compiled('static', pattern.fixed().stack(case.stack, sites))
-      gates = pattern.to_gates().stack(case.stack, sites)
-      given = dict.fromkeys(gating.EXECUTIONS, gates)
-      calls = {
-        way: functools.partial(p.run, models[way][1], x_BxSxD, given.get(way, {}))
-        for way, p in programs.items()
-      }
-      rows += _rows(case, pattern, pruned, programs, clock.laps(calls, case.rounds))
-      want = np.asarray(calls['mask'](), np.float32)
-      for row in rows[1 - len(calls) :]:
-        got = np.asarray(calls[row['way']](), np.float32)
-        row['difference'] = float(np.abs(got - want).max())
-        say(describe(row))
+  params = nn.unbox(step.init_params(case.model, jax.random.key(case.seed)))
+  timed = ways.make(case.suite, case.model, params, x_BxSxD, case.tokens, case.contexts)
+  peak, rows = peak_flops(case.model.dtype), []
+  for patterns in _draws(case):
+    prepared = {name: way(patterns) for name, way in timed.items()}
+    calls = {name: p.call for name, p in prepared.items()}
+    seconds = clock.laps(calls, case.rounds)
+    results = {name: call() for name, call in calls.items()}
+    for name in list(calls)[1:]:
+      row = _row(case, patterns, name, prepared[name], seconds, peak)
+      rows.append(row | {'difference': _difference(results[name], results['mask'])})
+      say(describe(rows[-1]))
   return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  run: Callable[[Any, jax.Array, Any], jax.Array]
-  compile_seconds: float
-  temp_bytes: int
+def _draws(case: Case) -> Iterator[list[Pattern]]:
+  """The patterns of each measurement, one per context."""
+  rng, total = np.random.default_rng(case.seed), sum(s.layers for s in case.sites)
+  for closed in dict.fromkeys(round(p * total) for p in case.pruned):
+    # Of nothing and of everything there is one pattern.
+    for _ in range(case.masks if 0 < closed < total else 1):
+      yield [random_pattern(case.sites, closed, rng) for _ in range(case.contexts)]
 
 
-def _compile(case: Case, model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: dict):
-  """The stack for gates like `gates`; for these very ones where they are tuples of bools."""
-  fixed = any(isinstance(g, tuple) for g in gates.values())
-  forward = _encode if case.stack == 'encoder' else functools.partial(_decode, case.tokens)
-  stack = lambda params, x_BxSxD, given: forward(model, params, x_BxSxD, gates if fixed else given)
-  start = time.perf_counter()
-  program = jax.jit(stack).lower(params, x_BxSxD, {} if fixed else gates).compile()
-  seconds = time.perf_counter() - start
-  return _Program(program, seconds, program.memory_analysis().temp_size_in_bytes)
+def peak_flops(dtype: str, size: int = 2048) -> float:
+  """Operations per second of a square matrix product in `dtype`, the best of several."""
+  a = jnp.ones((size, size), jnp.dtype(dtype))
+  dot = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+  return 2 * size**3 / clock.laps({'': lambda: dot(a)}, 5)[''].min()
 
 
-def _encode(model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: dict) -> jax.Array:
-  """The memory, `[B, S, D]`."""
-  none = jnp.zeros(x_BxSxD.shape[0], int)
-  mask_BxS = jnp.ones(x_BxSxD.shape[:2], bool)
-  run = lambda m: m.encoder(x_BxSxD, gates, mask_BxS, gating.Context(none, none), True)[0]
-  return nn.apply(run, model)({'params': params})
+def _difference(got: Any, want: Any) -> float:
+  far = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b).astype(jnp.float32)), got, want)
+  return float(max(jax.tree.leaves(far)))
 
 
-def _decode(
-  tokens: int, model: SpeechModel, params: Any, memory_BxSxD: jax.Array, gates: dict
-) -> jax.Array:
-  """The last logits, `[B, V]`, after `tokens` given ones: all ways read the same text."""
-  call = functools.partial(model.apply, {'params': params})
-  mask_BxS = jnp.ones(memory_BxSxD.shape[:2], bool)
-  encoded = Encoded(memory_BxSxD, mask_BxS, Gates({f'decoder/{m}': g for m, g in gates.items()}))
-  batch, vocabulary = memory_BxSxD.shape[0], model.cfg.vocab_size
-
-  def write(i: jax.Array, carry: tuple) -> tuple:
-    token_Bx1 = jnp.full((batch, 1), (7 * i) % vocabulary)
-    logits_Bx1xV, caches = call(token_Bx1, i, carry[1], encoded, method='step')
-    return logits_Bx1xV[:, 0], caches
-
-  start = jnp.zeros((batch, vocabulary)), call(encoded, tokens, method='start')
-  return jax.lax.fori_loop(0, tokens, write, start)[0]
-
-
-def _rows(case, pattern, pruned, programs, seconds) -> list[dict[str, Any]]:
-  k = macs_kept(case, pattern)
-  return [
-    {
-      'way': way,
-      'pruned': pruned,
-      'pattern': str(pattern),
-      'macs_kept': k,
-      'ratio': clock.quartiles(seconds[way] / seconds['dense']),
-      'seconds': clock.quartiles(seconds[way]),
-      'dense_seconds': clock.quartiles(seconds['dense']),
-      'bound': BOUNDS[case.stack][way](k),
-      'compile_seconds': program.compile_seconds,
-      'temp_bytes': program.temp_bytes,
-    }
-    for way, program in programs.items()
-    if way != 'dense'
-  ]
+def _row(case, patterns, way, prepared, seconds, peak) -> dict[str, Any]:
+  k = macs_kept(case, patterns)
+  operations = 2 * case.batch * float(np.mean([macs(case, p) for p in patterns]))
+  return {
+    'way': way,
+    'pruned': 1 - float(np.mean([p.open_fraction for p in patterns])),
+    'pattern': ' | '.join(map(str, patterns)),
+    'macs_kept': k,
+    'ratio': clock.quartiles(seconds[way] / seconds['dense']),
+    'seconds': clock.quartiles(seconds[way]),
+    'dense_seconds': clock.quartiles(seconds['dense']),
+    'bound': BOUNDS[case.suite][way](k),
+    'compile_seconds': prepared.compile_seconds,
+    'temp_bytes': prepared.temp_bytes,
+    'roofline': operations / float(np.median(seconds[way])) / peak,
+  }
 
 
 def describe(row: dict[str, Any]) -> str:
   """A row as a line for people."""
   r, dense = row['ratio'], 1e3 * row['dense_seconds']['median']
   return (
-    f'{row["pruned"]:4.0%} closed, MACs kept {row["macs_kept"]:.2f} | {row["way"]:6} '
+    f'{row["pruned"]:4.0%} closed, MACs kept {row["macs_kept"]:.2f} | {row["way"]:9} '
     f'{r["median"]:.2f} ({r["q25"]:.2f} to {r["q75"]:.2f}) of {dense:.1f} ms dense'
     f' | bound {row["bound"]:.2f}{"" if r["median"] <= row["bound"] else " EXCEEDED"}'
-    f' | compiled in {row["compile_seconds"]:.1f} s'
+    f' | {row["roofline"]:.0%} of peak | compiled in {row["compile_seconds"]:.1f} s'
   )

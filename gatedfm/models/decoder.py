@@ -6,6 +6,8 @@ S encoder frames, D model width, V vocabulary, N layers, H heads, K head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
@@ -120,17 +122,21 @@ class DecoderLayer(nn.Module):
     mode, seen = self.cfg.execution, memory_mask_BxS[:, None, None, :]
     own_gate, cross_gate = gates.get('self_attention'), gates.get('cross_attention')
 
-    def extend(m: DecoderAttention, x: jax.Array, own: attention.KeyValue) -> tuple:
-      y, own = m.extend(x, own, position)
-      return x + gating.scale(mode, own_gate, y), own
+    def extend(m: DecoderAttention, x: jax.Array, own: attention.KeyValue, *at: Any) -> tuple:
+      y, own = m.extend(x, own, at[0])
+      return x + gating.scale(mode, at[1], y), own
 
-    def read(m: DecoderAttention, x: jax.Array) -> jax.Array:
-      return x + gating.scale(mode, cross_gate, m.read(x, cache.cross, seen))
+    def read(m: DecoderAttention, x: jax.Array, gate: Any, *memory: Any) -> jax.Array:
+      return x + gating.scale(mode, gate, m.read(x, *memory))
 
+    keep = lambda m, x, own, *at: (x, own)
     x, own = gating.under_gate(
-      mode, own_gate, self.self_attention, extend, lambda m, x, own: (x, own), x, cache.own
+      mode, own_gate, self.self_attention, extend, keep, x, cache.own, position, own_gate
     )
-    x = gating.under_gate(mode, cross_gate, self.cross_attention, read, lambda m, x: x, x)
+    pass_by = lambda m, x, *rest: x
+    x = gating.under_gate(
+      mode, cross_gate, self.cross_attention, read, pass_by, x, cross_gate, cache.cross, seen
+    )
     x = gating.add_gated(mode, gates.get('ffn'), self.ffn, x, x, True)
     return x, LayerCache(own, cache.cross)
 

@@ -46,11 +46,15 @@ class FfnBranch(nn.Module):
 
 
 class MergeHalf(nn.Module):
-  """One branch's half of the merge, `(x + conv(x)) @ kernel`, without its constant."""
+  """One branch's half of the merge, `(x + conv(x)) @ kernel`, without its constant.
+
+  `folded` where the constant stands in the layer's `merge_bias`: then there is no `conv_bias`.
+  """
 
   features: int
   kernel_size: int
   dtype: layers.Dtype
+  folded: bool
 
   def setup(self):
     d = self.features
@@ -60,8 +64,6 @@ class MergeHalf(nn.Module):
     self.conv_kernel = layers.param(
       self, 'conv_kernel', taps, ('small', 'small'), (self.kernel_size, d)
     )
-    # Inference has none: `fold_constants`.
-    self.folded = not self.is_initializing() and not self.has_variable('params', 'conv_bias')
     if not self.folded:
       self.conv_bias = layers.param(self, 'conv_bias', nn.initializers.zeros, ('small',), (d,))
     self.kernel = layers.param(self, 'kernel', init, ('embed', 'embed_out'), (d, d))
@@ -71,9 +73,9 @@ class MergeHalf(nn.Module):
       x = jnp.where(mask, x, 0)
     return layers.dot(x + layers.depthwise(x, self.conv_kernel), self.kernel, self.dtype)
 
-  def constant(self) -> jax.Array | float:
+  def constant(self) -> jax.Array:
     """`[D]`: what the half emits for x = 0, the convolution's bias through the kernel."""
-    return 0.0 if self.folded else layers.dot(self.conv_bias, self.kernel, self.dtype)
+    return layers.dot(self.conv_bias, self.kernel, self.dtype)
 
 
 class AttentionBranch(nn.Module):
@@ -88,7 +90,7 @@ class AttentionBranch(nn.Module):
     self.attention = attention.Attention(cfg.heads, cfg.d, cfg.attention_dropout, dtype)
     self.drop = nn.Dropout(cfg.dropout)
     if self.merged:
-      self.merge = MergeHalf(cfg.d, cfg.kernel, dtype)
+      self.merge = MergeHalf(cfg.d, cfg.kernel, dtype, cfg.merge_folded)
 
   def __call__(
     self,
@@ -101,7 +103,7 @@ class AttentionBranch(nn.Module):
     y = self.drop(y, deterministic)
     return self.merge(y, conv_mask) if self.merged else y
 
-  def merge_constant(self) -> jax.Array | float:
+  def merge_constant(self) -> jax.Array:
     """`[D]`: the merge half's constant, added whether or not the branch runs."""
     return self.merge.constant()
 
@@ -116,13 +118,13 @@ class CgMlpBranch(nn.Module):
     self.norm = layers.LayerNorm()
     self.cgmlp = cgmlp.CgMlp(cfg.cgmlp, cfg.kernel, cfg.dropout, dtype)
     self.drop = nn.Dropout(cfg.dropout)
-    self.merge = MergeHalf(cfg.d, cfg.kernel, dtype)
+    self.merge = MergeHalf(cfg.d, cfg.kernel, dtype, cfg.merge_folded)
 
   def __call__(self, x: jax.Array, conv_mask: jax.Array | None, deterministic: bool) -> jax.Array:
     y = self.cgmlp(self.norm(x), conv_mask, deterministic)
     return self.merge(self.drop(y, deterministic), conv_mask)
 
-  def merge_constant(self) -> jax.Array | float:
+  def merge_constant(self) -> jax.Array:
     """`[D]`: the merge half's constant, added whether or not the branch runs."""
     return self.merge.constant()
 
@@ -166,8 +168,9 @@ class EncoderLayer(nn.Module):
     attend = AttentionBranch(cfg, merged=True, name='attention')
     convolve = CgMlpBranch(cfg, name='cgmlp')
     bias = layers.param(self, 'merge_bias', nn.initializers.zeros, ('small',), (cfg.d,))
-    constant = bias + attend.merge_constant() + convolve.merge_constant()
-    merged = jnp.broadcast_to(constant.astype(x.dtype), x.shape)
+    if not cfg.merge_folded:
+      bias = bias + attend.merge_constant() + convolve.merge_constant()
+    merged = jnp.broadcast_to(bias.astype(x.dtype), x.shape)
     merged = add(merged, 'attention', attend, x, mask_BxT, conv_mask, deterministic)
     merged = add(merged, 'cgmlp', convolve, x, conv_mask, deterministic)
     x = x + nn.Dropout(cfg.dropout)(merged, deterministic)
@@ -177,7 +180,7 @@ class EncoderLayer(nn.Module):
 
 
 def fold_constants(params: dict[str, Any]) -> dict[str, Any]:
-  """Parameters with each layer's merge constants in its `merge_bias`, once for all."""
+  """Parameters for `merge_folded`: each layer's merge constants in its `merge_bias`."""
   if not isinstance(params, dict):
     return params
   params = {k: fold_constants(v) for k, v in params.items()}

@@ -209,8 +209,8 @@ def for_inference(
   up to eight rows; skipping with a larger batch there converts them at every token. The merge's
   constants are folded (`encoder.fold_constants`).
   """
-  layout = {'scan_layers': scan_encoder, 'unroll_decoder': True, 'remat': 'none'}
-  cfg = dataclasses.replace(cfg, execution=execution, **layout)
+  layout = {'scan_layers': scan_encoder, 'unroll_decoder': True, 'merge_folded': True}
+  cfg = dataclasses.replace(cfg, execution=execution, remat='none', **layout)
   dtype = jnp.dtype(cfg.dtype)
 
   def cast(path: tuple, x: jax.Array) -> jax.Array:

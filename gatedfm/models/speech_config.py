@@ -97,6 +97,7 @@ class SpeechConfig:
       float32 is faster there; bfloat16 saves memory on accelerators. Parameters: float32.
     scan_layers: layers stacked and scanned (training); False unrolls them (inference).
     unroll_decoder: the decoder's layers unrolled all the same, as cached decoding needs them.
+    merge_folded: an E-Branchformer's merge constants stand in `merge_bias` (inference).
     remat: `none`, `full` (recompute each layer) or `dots` (keep matrix products).
     execution: how gates are executed: `mask`, `skip` or `bucketed`.
   """
@@ -123,6 +124,7 @@ class SpeechConfig:
   activation_dtype: str = 'float32'
   scan_layers: bool = True
   unroll_decoder: bool = False
+  merge_folded: bool = False
   remat: str = 'none'
   execution: str = 'mask'
   gates: GateConfig = dataclasses.field(default_factory=GateConfig)

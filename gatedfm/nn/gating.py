@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gatedfm.nn import layers
+from gatedfm.nn import branching, layers
 
 EXECUTIONS = ('mask', 'skip', 'bucketed')
 # Steps in which `bucketed` rounds up the examples of a batch that open a module.
@@ -66,9 +66,6 @@ def under_gate(
 ) -> Any:
   """`run(module, *operands)`, or with a closed gate `skip(module, *operands)`.
 
-  Differentiated, a branch recomputes what it needs: handed out of it, its intermediate values
-  would have to be written, as zeros, by a closed gate too.
-
   Args:
     execution: `mask` always runs; `skip` branches with `lax.cond`, so that a closed gate
       costs nothing; any gate above 0 counts as open. `bucketed` runs where any example's gate
@@ -77,7 +74,8 @@ def under_gate(
       Python bool is decided while tracing, whatever the execution: what is closed is not even
       in the program.
     module: the module whose parameters the branches may use, and no other's.
-    run, skip: branches of equal output shapes and types.
+    run, skip: branches of equal output shapes and types. What they read beside the module
+      stands among the operands.
 
   Raises:
     ValueError: an unknown execution, or gates that differ by example under `skip`, whether as
@@ -94,9 +92,15 @@ def under_gate(
       f'skip needs one gate for the whole batch, got one of shape {gate.shape}; '
       "run one utterance (or one gate pattern) at a time, or use execution='bucketed'"
     )
-  # Only this module's parameters are lifted into the branches, so only they are operands.
+  # Only this module's parameters go into the branches, so only they are operands.
+  pure, variables = module.clone(parent=None), module.variables
+  rngs = {name: module.make_rng(name) for name in ('dropout',) if module.has_rng(name)}
+  call = lambda branch: (
+    lambda variables, rngs, *operands: nn.apply(branch, pure)(variables, *operands, rngs=rngs)
+  )
   largest = jnp.max(gate) if gate.size > 1 else gate.reshape(())
-  return nn.cond(_is_open(lax.stop_gradient(largest)), nn.remat(run), skip, module, *operands)
+  is_open = _is_open(lax.stop_gradient(largest))
+  return branching.cond(is_open, call(run), call(skip), variables, rngs, *operands)
 
 
 def scale(execution: str, gate: jax.Array | bool | None, y: jax.Array) -> jax.Array:
@@ -123,12 +127,12 @@ def add_gated(
   Under `bucketed` the module runs for the examples alone whose gates are open; it must treat
   examples apart, and arrays of `args` whose leading axis is the batch's are theirs.
   """
-  close = lambda m, total, x: total
+  close = lambda m, total, *rest: total
   if _gathers(execution, gate, x) and not module.is_initializing():
     level, branches = _by_capacity(gate, args)
     return nn.switch(level, [close, *branches], module, total, x)
-  run = lambda m, total, x: total + scale(execution, gate, m(x, *args))
-  return under_gate(execution, gate, module, run, close, total, x)
+  run = lambda m, total, gate, x, *args: total + scale(execution, gate, m(x, *args))
+  return under_gate(execution, gate, module, run, close, total, gate, x, *args)
 
 
 def _gathers(execution: str, gate: jax.Array | bool | None, x: jax.Array) -> bool:

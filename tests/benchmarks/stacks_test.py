@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gatedfm.analysis import plots
-from gatedfm.benchmarks import stacks
+from gatedfm.benchmarks import stacks, ways
 from gatedfm.models import speech_costs
 from gatedfm.models.speech_config import ConfigError
 
@@ -14,47 +14,67 @@ MODEL = stacks.model('2x8', 'float32', 11)
 CASE = stacks.Case('encoder', MODEL, 1, 6, 3, pruned=(0.0, 0.5), masks=2, rounds=3)
 
 
-@pytest.fixture(scope='module', params=['encoder', 'decoder'])
-def stack(request):
-  return request.param
+CASES = {
+  'encoder': dataclasses.replace(CASE, batch=2),
+  'decoder': dataclasses.replace(CASE, suite='decoder'),
+  'train': dataclasses.replace(CASE, suite='train', masks=1),
+  'apart': dataclasses.replace(CASE, batch=5, contexts=3),
+}
+
+
+@pytest.fixture(scope='module', params=CASES)
+def case(request):
+  return CASES[request.param]
 
 
 @pytest.fixture(scope='module')
-def rows(fast_compilation, stack):
-  return stacks.run(dataclasses.replace(CASE, stack=stack))
+def rows(fast_compilation, case):
+  return stacks.run(case)
 
 
-def test_every_way_gives_what_mask_gives(rows):
-  ways = {'mask', 'skip', 'static'}
-  assert [row['way'] for row in rows] == [
-    way for _ in range(3) for way in ('mask', 'skip', 'static')
-  ]
-  assert {row['way'] for row in rows} == ways
+def names(case):
+  return ways.APART if case.contexts > 1 else ways.BY_SUITE[case.suite]
+
+
+def test_every_way_gives_what_mask_gives(rows, case):
+  draws = 1 + case.masks  # of nothing closed there is one pattern
+  assert [row['way'] for row in rows] == [*names(case)] * draws
   assert max(row['difference'] for row in rows) < 1e-5
 
 
-def test_shares_patterns_and_bounds(rows, stack):
+def test_shares_patterns_and_bounds(rows, case):
   for row in rows:
-    bits = ''.join(part.split(':')[1] for part in row['pattern'].split())
+    bits = ''.join(part.split(':')[1] for part in row['pattern'].replace(' | ', ' ').split())
     assert bits.count('0') == row['pruned'] * len(bits)
     assert (row['macs_kept'] == 1) == (row['pruned'] == 0)
-    assert row['bound'] == stacks.BOUNDS[stack][row['way']](row['macs_kept'])
+    assert row['bound'] == stacks.BOUNDS[case.suite][row['way']](row['macs_kept'])
     assert 0 < row['ratio']['q25'] <= row['ratio']['median'] <= row['ratio']['q75']
     assert row['compile_seconds'] > 0
     assert row['temp_bytes'] > 0
-  # Two patterns of one share are two draws, with the same modules for all ways.
-  assert len({row['pattern'] for row in rows}) == 3
+    assert 0 < row['roofline'] < 1
+    assert row['pattern'].count('|') == case.contexts - 1
+  # Patterns of one share are different draws, with the same modules for all ways.
+  assert len({row['pattern'] for row in rows}) == 1 + case.masks
 
 
-def test_macs_kept_are_those_of_what_is_open(stack):
-  case = dataclasses.replace(CASE, stack=stack)
-  rng = np.random.default_rng(0)
-  everything, nothing = (stacks.random_pattern(case.sites, p, rng) for p in (0.0, 1.0))
-  assert stacks.macs_kept(case, everything) == 1
+def test_a_share_is_that_of_whole_modules():
+  case = dataclasses.replace(CASE, pruned=(0.0, 0.01, 0.3, 1.0))
+  patterns = [patterns[0] for patterns in stacks._draws(case)]
+  # 8 modules: 0.01 of them are none, which are not drawn again, 0.3 are two.
+  assert [round(8 * (1 - p.open_fraction)) for p in patterns] == [0, 2, 2, 8]
+
+
+def test_macs_kept_are_those_of_what_is_open(case):
+  rng, total = np.random.default_rng(0), sum(s.layers for s in case.sites)
+  everything, nothing = (stacks.random_pattern(case.sites, n, rng) for n in (0, total))
+  assert stacks.macs_kept(case, [everything]) == 1
   # The decoder's output layer has no gate.
   own = sum(site.layers * _macs(case)[site.name] for site in case.sites)
-  output = 3 * 8 * 11 if stack == 'decoder' else 0
-  assert stacks.macs_kept(case, nothing) == pytest.approx(output / (own + output))
+  output = 3 * 8 * 11 if case.suite == 'decoder' else 0
+  assert stacks.macs_kept(case, [nothing]) == pytest.approx(output / (own + output))
+  half = (1 + output / (own + output)) / 2
+  assert stacks.macs_kept(case, [everything, nothing]) == pytest.approx(half)
+  assert stacks.macs(case, everything) == (own + output) * (3 if case.suite == 'train' else 1)
 
 
 def _macs(case):
@@ -64,16 +84,16 @@ def _macs(case):
 
 def test_a_line_tells_what_exceeds_its_bound(rows):
   row = rows[0] | {'ratio': {'median': 2.0, 'q25': 1.0, 'q75': 3.0}}
-  assert '0% closed, MACs kept 1.00 | mask   2.00 (1.00 to 3.00)' in stacks.describe(row)
+  assert '0% closed, MACs kept 1.00 | mask      2.00 (1.00 to 3.00)' in stacks.describe(row)
   assert 'EXCEEDED' in stacks.describe(row)
   assert 'EXCEEDED' not in stacks.describe(row | {'bound': 2.0})
 
 
-def test_the_picture_has_all_rows(rows):
+def test_the_picture_has_all_rows(rows, case):
   axes = plots.time_against_macs(rows).axes[0]
   lines = axes.containers
-  assert [c.get_label() for c in lines] == ['mask', 'skip', 'static']
-  assert [len(c.lines[0].get_xdata()) for c in lines] == [3, 3, 3]
+  assert [c.get_label() for c in lines] == [*names(case)]
+  assert {len(c.lines[0].get_xdata()) for c in lines} == {1 + case.masks}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +102,9 @@ def test_the_picture_has_all_rows(rows):
     ({'pruned': (1.5,)}, r'pruned is \(1.5,\).*shares'),
     ({'rounds': 0}, 'rounds is 0; it must be positive'),
     ({'batch': 0}, 'batch is 0'),
-    ({'stack': 'middle'}, "stack is 'middle'"),
+    ({'suite': 'middle'}, "suite is 'middle'"),
+    ({'seed': -1}, 'seed is -1'),
+    ({'contexts': 2}, '2 contexts need a batch as large; it is 1'),
   ],
 )
 def test_what_cannot_be_timed(change, message):
@@ -95,6 +117,9 @@ def test_shapes():
   assert stacks.model('3x128', 'float32').heads == 2
   for shape in ('huge', '0x4', '6x'):
     with pytest.raises(ConfigError, match=f"model '{shape}' is neither layers x width.*small"):
+      stacks.model(shape, 'float32')
+  for shape in ('2x100', '2x7'):
+    with pytest.raises(ConfigError, match=f"model '{shape}': a width is even up to 64"):
       stacks.model(shape, 'float32')
   with pytest.raises(ConfigError, match="pruned: .*'half'"):
     stacks.shares(['0.5', 'half'])

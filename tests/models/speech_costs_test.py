@@ -109,7 +109,7 @@ def test_macs_are_those_of_the_traced_model(name, frames, monkeypatch):
   # The CPU's shift-and-add convolutions are not products; count the other form of them.
   monkeypatch.setattr(layers, 'depthwise', layers.depthwise_grouped)
   cfg, tokens = CONFIGS[name], 2
-  model = SpeechModel(dataclasses.replace(cfg, scan_layers=False))
+  model = SpeechModel(dataclasses.replace(cfg, scan_layers=False, merge_folded=True))
   params = jax.eval_shape(lambda p: for_inference(cfg, p)[1], shapes(name))
   call = lambda method, p, *args: model.apply({'params': p}, *args, method=method)
   x = jnp.zeros((1, frames, cfg.mels))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatedfm import gates as gates_lib
+from gatedfm.models import stack
 from gatedfm.models.decoder import DecoderLayer
 from gatedfm.models.encoder import EncoderLayer
 from gatedfm.models.speech import SpeechModel, for_inference
@@ -113,8 +114,8 @@ def test_open_layers_are_dense_bit_for_bit(execution):
   cfg = tiny_speech.config(execution=execution)
   x = tiny_speech.features(TOKENS, 1)
   mask = jnp.ones((1, TOKENS), bool)
-  layer = lambda stack: jax.tree.map(lambda a: a[0], tiny_speech.params()[stack]['layers']['scan'])
-  ones = lambda stack: {s.module: jnp.ones(()) for s in cfg.all_sites() if s.stack == stack}
+  layer = lambda kind: jax.tree.map(lambda a: a[0], tiny_speech.params()[kind]['layers']['scan'])
+  ones = lambda kind: {s.module: jnp.ones(()) for s in cfg.all_sites() if s.stack == kind}
 
   def encode(gates):
     variables = {'params': layer('encoder')}
@@ -127,8 +128,8 @@ def test_open_layers_are_dense_bit_for_bit(execution):
     return call(x, gates, 2 * x, mask, True)[0], step
 
   with jax.disable_jit():
-    for run, stack in ((encode, 'encoder'), (decode, 'decoder')):
-      jax.tree.map(np.testing.assert_array_equal, run(ones(stack)), run({}))
+    for run, kind in ((encode, 'encoder'), (decode, 'decoder')):
+      jax.tree.map(np.testing.assert_array_equal, run(ones(kind)), run({}))
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
@@ -207,7 +208,7 @@ def test_a_loop_slices_matrices_inside_its_branches_alone():
     for e in eqns
     if e.primitive.name == 'dynamic_slice' and e.invars[0].aval.shape in matrices
   )
-  branches = [e for e in body.eqns if e.primitive.name == 'cond']
+  branches = [e for e in tiny_speech.equations(body) if e.primitive.name == 'cond']
   assert len(branches) == len(ENCODER_MODULES['e_branchformer'])
   inside = [taken(tiny_speech.equations(b)) for e in branches for b in tiny_speech.jaxprs_of(e)]
   assert sorted(sum(inside, [])) == taken(tiny_speech.equations(body)) == sorted(matrices)
@@ -231,6 +232,43 @@ def test_a_closed_branch_computes_nothing_and_takes_its_own_parameters_alone():
     ]
     assert not products(closed)
     assert products(opened)
+
+
+def test_gradients_through_branches_are_those_of_masks():
+  """And nothing shaped like a parameter leaves a branch going forward."""
+  cfg = tiny_speech.config(scan_layers=False)
+  params = stack.unstack(tiny_speech.params())
+
+  def loss(params, execution, features, frames, tokens, context, gates):
+    model = SpeechModel(tiny_speech.config(scan_layers=False, execution=execution))
+    out = model.apply({'params': params}, features, frames, tokens, context, gates)
+    return jnp.sum(jnp.sin(out.logits)) + jnp.sum(jnp.cos(out.ctc_logits))
+
+  gradient = lambda execution: tiny_speech.jit(
+    lambda gates: jax.grad(loss)(params, execution, *tiny_speech.inputs(), gates)
+  )
+  mask, skip = gradient('mask'), gradient('skip')
+  sites = cfg.all_sites()
+  cases = [gates_lib.all_open(sites), closed(cfg, *[s.name for s in sites])]
+  for gates in (*cases, *(tiny_speech.random_gates(cfg, seed) for seed in range(6))):
+    want, got = mask(gates), skip(gates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), want, got)
+  traced = skip.trace(cases[0]).jaxpr.jaxpr
+  conds = [e for e in tiny_speech.equations(traced) if e.primitive.name == 'cond']
+  forward = conds[: sum(s.size for s in sites)]
+  matrices = {w.shape for w in jax.tree.leaves(params) if w.ndim == 2}
+  assert not matrices & {v.aval.shape for e in forward for v in e.outvars}
+  assert len(conds) == 2 * len(forward)
+
+
+def test_dropout_works_behind_a_gate():
+  cfg = tiny_speech.config(scan_layers=False, execution='skip', dropout=0.5)
+  params, gates = stack.unstack(tiny_speech.params()), gates_lib.all_open(cfg.all_sites())
+  apply = functools.partial(SpeechModel(cfg).apply, {'params': params}, *tiny_speech.inputs())
+  run = tiny_speech.jit(lambda key: apply(gates, False, rngs={'dropout': key}).logits)
+  one, again, other = (run(tiny_speech.key(seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(one, again)
+  assert np.abs(one - other).max() > 1e-3
 
 
 def test_skip_refuses_gates_that_differ_by_example():
