@@ -27,6 +27,9 @@ _PRUNED = flags.DEFINE_list('pruned', ['0', '0.3', '0.5', '0.7'], 'Shares of mod
 _MASKS = flags.DEFINE_integer('masks', 3, 'Random patterns per share.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by side.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of parameters, inputs and patterns.')
+_AGAINST = flags.DEFINE_enum(
+  'against', '', ['', 'torch'], "What else is timed: ESPnet's modules with the same weights."
+)
 _JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
 
 
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> None:
       _MASKS.value,
       _ROUNDS.value,
       _SEED.value,
+      _AGAINST.value,
     )
     case.validate()
     path = mains.folder(_JSON.value) if _JSON.value else None

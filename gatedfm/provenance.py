@@ -28,9 +28,14 @@ def collect(module: str) -> dict[str, Any]:
     | {'python': platform.python_version()},
     'git_revision': git_revision(),
     'device': f'{jax.devices()[0].device_kind} ({platform.machine()})',
-    'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    'cores': cores(),
     'command': ' '.join(['python', '-m', module, *sys.argv[1:]]),
   }
+
+
+def cores() -> int:
+  """How many this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def git_revision() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gatedfm import clock
 from gatedfm import gates as gates_lib
-from gatedfm.benchmarks import ways
+from gatedfm.benchmarks import torch_peer, ways
 from gatedfm.gates import Pattern
 from gatedfm.models import speech_costs
 from gatedfm.models.speech_config import ConfigError, SpeechConfig, choice, owsm
@@ -62,6 +62,7 @@ class Case:
     masks: random patterns per share; which modules are closed matters.
     rounds: side by side.
     seed: of parameters, inputs and patterns.
+    against: `torch` times ESPnet's modules beside ours, '' nothing.
   """
 
   suite: str
@@ -74,10 +75,12 @@ class Case:
   masks: int = 3
   rounds: int = 15
   seed: int = 0
+  against: str = ''
 
   def validate(self) -> None:
     """Raises ConfigError for what cannot be timed."""
     choice('suite', self.suite, tuple(BOUNDS))
+    choice('against', self.against, ('', 'torch'))
     for name in ('batch', 'frames', 'tokens', 'contexts', 'masks', 'rounds'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be positive')
@@ -88,6 +91,10 @@ class Case:
     if not self.pruned or any(not 0 <= p <= 1 for p in self.pruned):
       raise ConfigError(f'pruned is {self.pruned}; it is a list of shares in [0, 1]')
     self.model.validate()
+    if self.against:
+      if self.contexts > 1:
+        raise ConfigError(f'against torch a batch has one pattern, not {self.contexts} contexts')
+      torch_peer.require(self.model)
 
   @property
   def stack(self) -> str:
@@ -166,7 +173,7 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
     `pattern` (of each context), `macs_kept` (k), `ratio` (of the rounds' times over dense,
     quartiles), `seconds` and `dense_seconds` (quartiles), `bound`, `compile_seconds`,
     `temp_bytes`, `roofline` (operations per second over those of a large matrix product) and
-    `difference`, the largest from what `mask` gives.
+    `difference`, the largest from what `mask` gives; then those of `torch_peer.rows`.
 
   Raises:
     ConfigError: a case that cannot be timed.
@@ -177,17 +184,42 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
   x_BxSxD = jax.random.normal(jax.random.key(case.seed), shape, dtype)
   params = nn.unbox(step.init_params(case.model, jax.random.key(case.seed)))
   timed = ways.make(case.suite, case.model, params, x_BxSxD, case.tokens, case.contexts)
+  peers = _peers(case, params, x_BxSxD)
   peak, rows = peak_flops(case.model.dtype), []
   for patterns in _draws(case):
     prepared = {name: way(patterns) for name, way in timed.items()}
     calls = {name: p.call for name, p in prepared.items()}
-    seconds = clock.laps(calls, case.rounds)
+    theirs = {name: prepare(patterns[0]) for name, prepare in peers.items()}
+    seconds = clock.laps(calls | theirs, case.rounds)
     results = {name: call() for name, call in calls.items()}
     for name in list(calls)[1:]:
       row = _row(case, patterns, name, prepared[name], seconds, peak)
       rows.append(row | {'difference': _difference(results[name], results['mask'])})
       say(describe(rows[-1]))
+    if peers:
+      about = {name: rows[-1][name] for name in ('pruned', 'pattern', 'macs_kept')}
+      differences = _compare(case, params, x_BxSxD, patterns, theirs, results['mask'])
+      for row in torch_peer.rows(case.suite, about, seconds, differences):
+        rows.append(row)
+        say(torch_peer.describe(row))
   return rows
+
+
+def _peers(case: Case, params: Any, x_BxSxD: jax.Array) -> dict[str, Callable]:
+  """What `against` asks for: by way, from a pattern to the call."""
+  if not case.against:
+    return {}
+  if case.suite == 'train':
+    return torch_peer.gradients(case.model, params, x_BxSxD, ways.slope(x_BxSxD))
+  return torch_peer.calls(case.suite, case.model, params, x_BxSxD, case.tokens)
+
+
+def _compare(case, params, x_BxSxD, patterns, theirs, ours) -> dict[str, float]:
+  """How far theirs are from ours; of a training step, which has moved on, its gradients."""
+  if case.suite != 'train':
+    return torch_peer.check(theirs, ours)
+  slopes = ways.gradients(case.model, params, x_BxSxD, patterns)
+  return torch_peer.check_gradients(case.model, theirs, slopes)
 
 
 def _draws(case: Case) -> Iterator[list[Pattern]]:

@@ -190,16 +190,33 @@ def _encode(
   return nn.apply(run, model)({'params': params})
 
 
+def slope(x_BxSxD: jax.Array) -> jax.Array:
+  """Of the loss that is trained on, by the memory: the input, scaled to a loss of about 1."""
+  return x_BxSxD / x_BxSxD.size**0.5
+
+
+def gradients(cfg: SpeechConfig, params: Any, x_BxSxD: jax.Array, patterns: Sequence[Pattern]):
+  """What `train` descends along, in the layout of `params`, by masks."""
+  gates = _arrays(patterns, 'encoder', len(x_BxSxD))
+  return jax.jit(functools.partial(_slopes, SpeechModel(cfg)))(params, x_BxSxD, gates)
+
+
+def _slopes(model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: Mapping[str, Any]) -> Any:
+  """Gradients of `sum(memory * slope(x))`."""
+  loss = lambda params: jnp.sum(_encode(model, params, x_BxSxD, gates) * slope(x_BxSxD))
+  return jax.grad(loss)(params)
+
+
 def _train(model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: Mapping[str, Any]) -> Any:
-  """Parameters after a step of gradient descent on a scalar of the memory."""
-  loss = lambda params: jnp.mean(jnp.sin(_encode(model, params, x_BxSxD, gates)))
-  return jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss)(params))
+  """Parameters after a step of gradient descent."""
+  slopes = _slopes(model, params, x_BxSxD, gates)
+  return jax.tree.map(lambda p, g: p - RATE * g, params, slopes)
 
 
 def _decode(
   tokens: int, model: SpeechModel, params: Any, memory_BxSxD: jax.Array, gates: Mapping[str, Any]
 ) -> jax.Array:
-  """The last logits, `[B, V]`, after `tokens` given ones: all ways read the same text."""
+  """The last log-probabilities `[B, V]` after `tokens` given ones: all ways read the same text."""
   call = functools.partial(model.apply, {'params': params})
   mask_BxS = jnp.ones(memory_BxSxD.shape[:2], bool)
   encoded = Encoded(memory_BxSxD, mask_BxS, Gates({f'decoder/{m}': g for m, g in gates.items()}))
@@ -208,7 +225,7 @@ def _decode(
   def write(i: jax.Array, carry: tuple) -> tuple:
     token_Bx1 = jnp.full((batch, 1), (7 * i) % vocabulary)
     logits_Bx1xV, caches = call(token_Bx1, i, carry[1], encoded, method='step')
-    return logits_Bx1xV[:, 0], caches
+    return jax.nn.log_softmax(logits_Bx1xV[:, 0]), caches
 
   start = jnp.zeros((batch, vocabulary)), call(encoded, tokens, method='start')
   return jax.lax.fori_loop(0, tokens, write, start)[0]
