@@ -1,0 +1,129 @@
+"""Grouping of mixed traffic: nobody is lost, batches are alike, waiting is bounded."""
+
+import collections
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatedfm.execution.stream import Batcher, Waiting, serve
+
+SIZES = (1, 2, 4)
+
+
+def waiting(*queues, gap=0.0):
+  return [Waiting(f'{q}{i}', i * gap, q) for i, q in enumerate(queues)]
+
+
+def fill(batcher, rows):
+  for row in rows:
+    batcher.add(row)
+  return batcher
+
+
+def items(batch):
+  return [w.item for w in batch]
+
+
+def test_the_longest_queue_goes_first_and_fills_a_size_without_padding():
+  batcher = fill(Batcher(SIZES, latency=9), waiting(*'abbabb', gap=0.1))
+  assert items(batcher.take(1)) == ['b1', 'b2', 'b4', 'b5']
+  assert items(batcher.take(1)) == ['a0', 'a3']
+  assert batcher.take(1) == []
+  three = fill(Batcher(SIZES, latency=9), waiting(*'aaa'))
+  assert [items(three.take(0)) for _ in range(2)] == [['a0', 'a1'], ['a2']]
+
+
+def test_beyond_the_largest_batch_the_first_comer_decides():
+  batcher = fill(Batcher(SIZES, latency=9), waiting(*'aaaabbbbb', gap=0.1))
+  assert items(batcher.take(1))[0] == 'a0'
+
+
+def test_who_has_waited_too_long_goes_first():
+  rows = waiting(*'abbbb', gap=0.1)
+  assert items(fill(Batcher(SIZES, latency=0.5), rows).take(0.45))[0] == 'b1'
+  assert items(fill(Batcher(SIZES, latency=0.5), rows).take(0.5)) == ['a0']
+
+
+class Simulation:
+  """A server whose batch of n takes `base + n * each` seconds, on a clock of its own."""
+
+  def __init__(self, base=0.1, each=0.05):
+    self.now, self.base, self.each, self.batches = 0.0, base, each, []
+
+  def run(self, batch):
+    self.now += self.base + self.each * len(batch)
+    self.batches.append(batch)
+    return [item.upper() for item in batch]
+
+  def sleep(self, seconds):
+    assert seconds > 0
+    self.now += seconds
+
+  def serve(self, arrivals, **options):
+    batcher = Batcher(SIZES, **options)
+    return list(serve(arrivals, self.run, batcher, lambda: self.now, self.sleep))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  st.lists(st.tuples(st.sampled_from('abc'), st.floats(0, 0.5)), max_size=30),
+  st.sampled_from([0.0, 0.3, 5.0]),
+)
+def test_everybody_is_served_once_in_the_order_of_its_queue(traffic, latency):
+  now, arrivals = 0.0, []
+  for i, (queue, gap) in enumerate(traffic):
+    now += gap
+    arrivals.append(Waiting(f'{queue}{i}', now, queue))
+  simulation = Simulation()
+  served = simulation.serve(arrivals, latency=latency)
+  assert sorted(w.item for w, _, _ in served) == sorted(w.item for w in arrivals)
+  assert all(result == w.item.upper() for w, result, _ in served)
+  # At least the batch of one that it took.
+  assert all(seconds >= 0.15 - 1e-9 for _, _, seconds in served)
+  for batch in simulation.batches:
+    assert len({item[0] for item in batch}) == 1
+    assert len(batch) in SIZES
+  order = collections.defaultdict(list)
+  for w, _, _ in served:
+    order[w.queue].append(w.arrival)
+  assert all(times == sorted(times) for times in order.values())
+
+
+def test_the_bound_holds_up_to_the_batches_before():
+  """One lonely utterance among a flood of others."""
+  flood = [Waiting(f'b{i}', 0.001 * i, 'b') for i in range(200)]
+  arrivals = sorted([*flood, Waiting('a', 0.1, 'a')], key=lambda w: w.arrival)
+  wait = lambda latency: next(
+    s for w, _, s in Simulation().serve(arrivals, latency=latency) if w.item == 'a'
+  )
+  longest = 0.1 + 0.05 * 4
+  assert wait(1000.0) > 5
+  # Those that came before it and are too late as well go first, all within the bound.
+  assert wait(0.5) < 200 / 4 * longest
+  assert Simulation().serve(arrivals, latency=0.5)[-1][0].item != 'a'
+
+
+def test_an_idle_server_waits_for_nobody():
+  simulation = Simulation()
+  served = simulation.serve(waiting(*'aaa', gap=10.0), latency=5.0)
+  assert [round(s, 6) for _, _, s in served] == [0.15] * 3
+  assert [len(b) for b in simulation.batches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'sizes': (2, 4)}, 'one of them 1'),
+    ({'sizes': (0, 1)}, 'positive'),
+    ({'latency': -1}, 'latency is -1'),
+  ],
+)
+def test_impossible_batches(options, message):
+  with pytest.raises(ValueError, match=message):
+    Batcher(**options)
+
+
+def test_a_missing_result_is_an_error():
+  with pytest.raises(ValueError, match='zip'):
+    list(serve(waiting('a'), lambda batch: [], Batcher()))
