@@ -14,7 +14,9 @@ from absl import flags
 
 from gatedfm import mains
 
-_SUITE = flags.DEFINE_enum('suite', 'encoder', ['encoder', 'decoder', 'train'], 'What is timed.')
+_SUITE = flags.DEFINE_enum(
+  'suite', 'encoder', ['encoder', 'decoder', 'utterance', 'train'], 'What is timed.'
+)
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
 )
@@ -29,6 +31,9 @@ _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by si
 _SEED = flags.DEFINE_integer('seed', 0, 'Of parameters, inputs and patterns.')
 _AGAINST = flags.DEFINE_enum(
   'against', '', ['', 'torch'], "What else is timed: ESPnet's modules with the same weights."
+)
+_STACKS = flags.DEFINE_list(
+  'stacks', ['encoder', 'decoder'], "Whose gates utterances' predictors decide."
 )
 _JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
 
@@ -53,6 +58,7 @@ def main(argv: list[str]) -> None:
       _ROUNDS.value,
       _SEED.value,
       _AGAINST.value,
+      tuple(_STACKS.value),
     )
     case.validate()
     path = mains.folder(_JSON.value) if _JSON.value else None

@@ -1,4 +1,4 @@
-"""A stack alone: its time over dense, against the MACs that its gates keep.
+"""Time over dense against the MACs that gates keep, of a stack alone or of whole utterances.
 
 Letters: B batch, S frames of 40 ms, L tokens, D model width.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from gatedfm import clock
 from gatedfm import gates as gates_lib
-from gatedfm.benchmarks import torch_peer, ways
+from gatedfm.benchmarks import torch_peer, utterance, ways
 from gatedfm.gates import Pattern
 from gatedfm.models import speech_costs
 from gatedfm.models.speech_config import ConfigError, SpeechConfig, choice, owsm
@@ -39,6 +39,12 @@ BOUNDS: dict[str, dict[str, Callable[[float], float]]] = {
     'static': lambda k: k + 0.10,
     'bucketed': lambda k: 1.08,
   },
+  'utterance': {
+    'mask': lambda k: 1.08,
+    'skip': lambda k: 1.10 * k + 0.10,
+    'scanned': lambda k: 1.20 * k + 0.12,
+    'static': lambda k: k + 0.10,
+  },
   'train': {
     'mask': lambda k: 1.08,
     'skip': lambda k: k + 0.10,
@@ -52,7 +58,7 @@ class Case:
   """What is timed.
 
   Attributes:
-    suite: `encoder`, `decoder` or `train` (see `ways.make`).
+    suite: `encoder`, `decoder`, `train` (see `ways.make`) or `utterance` (`utterance.make`).
     model: shapes and dtype; its parameters are random.
     batch: B, examples.
     frames: S, all of them valid.
@@ -63,6 +69,7 @@ class Case:
     rounds: side by side.
     seed: of parameters, inputs and patterns.
     against: `torch` times ESPnet's modules beside ours, '' nothing.
+    stacks: whose gates an utterance's predictors decide.
   """
 
   suite: str
@@ -76,6 +83,7 @@ class Case:
   rounds: int = 15
   seed: int = 0
   against: str = ''
+  stacks: tuple[str, ...] = ('encoder', 'decoder')
 
   def validate(self) -> None:
     """Raises ConfigError for what cannot be timed."""
@@ -91,20 +99,21 @@ class Case:
     if not self.pruned or any(not 0 <= p <= 1 for p in self.pruned):
       raise ConfigError(f'pruned is {self.pruned}; it is a list of shares in [0, 1]')
     self.model.validate()
+    if not self.stacks or set(self.stacks) - {'encoder', 'decoder'}:
+      raise ConfigError(f'stacks is {self.stacks}; name encoder, decoder or both')
+    if self.suite == 'utterance' and (self.contexts > 1 or self.against):
+      raise ConfigError('utterances are timed with one pattern, and against dense alone')
     if self.against:
       if self.contexts > 1:
         raise ConfigError(f'against torch a batch has one pattern, not {self.contexts} contexts')
       torch_peer.require(self.model)
 
   @property
-  def stack(self) -> str:
-    """Whose gates are closed."""
-    return 'decoder' if self.suite == 'decoder' else 'encoder'
-
-  @property
   def sites(self) -> list[gates_lib.Site]:
-    """Those of the stack."""
-    return [s for s in self.model.all_sites() if s.stack == self.stack]
+    """Those whose gates are closed."""
+    alone = ('decoder',) if self.suite == 'decoder' else ('encoder',)
+    stacks = self.stacks if self.suite == 'utterance' else alone
+    return [s for s in self.model.all_sites() if s.stack in stacks]
 
 
 def model(shape: str, dtype: str, vocabulary: int = 1000) -> SpeechConfig:
@@ -148,12 +157,19 @@ def random_pattern(sites: Sequence[gates_lib.Site], closed: int, rng: Any) -> Pa
 
 def macs(case: Case, pattern: Pattern) -> float:
   """Multiply-accumulates of one example through what is open or has no gate."""
-  cfg = case.model
-  costs = speech_costs.site_costs(cfg, 4 * case.frames + 3, case.tokens)
+  cfg, frames = case.model, _audio_frames(case)
+  if case.suite == 'utterance':
+    return speech_costs.total_macs(cfg, frames, case.tokens, pattern.to_gates())
+  costs = speech_costs.site_costs(cfg, frames, case.tokens)
   output = case.tokens * cfg.d * cfg.vocab_size if case.suite == 'decoder' else 0
   # Going backward takes two products for each one going forward.
   times = 3 if case.suite == 'train' else 1
   return times * (sum(costs[name].macs * sum(row) for name, row in pattern.sites) + output)
+
+
+def _audio_frames(case: Case) -> int:
+  """Frames of 10 ms that become `case.frames`."""
+  return 4 * case.frames + 3
 
 
 def macs_kept(case: Case, patterns: Sequence[Pattern]) -> float:
@@ -179,12 +195,8 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
     ConfigError: a case that cannot be timed.
   """
   case.validate()
-  shape = (case.batch, case.frames, case.model.d)
-  dtype = jnp.dtype(case.model.activation_dtype)
-  x_BxSxD = jax.random.normal(jax.random.key(case.seed), shape, dtype)
-  params = nn.unbox(step.init_params(case.model, jax.random.key(case.seed)))
-  timed = ways.make(case.suite, case.model, params, x_BxSxD, case.tokens, case.contexts)
-  peers = _peers(case, params, x_BxSxD)
+  x, params, timed = _make(case)
+  peers = _peers(case, params, x)
   peak, rows = peak_flops(case.model.dtype), []
   for patterns in _draws(case):
     prepared = {name: way(patterns) for name, way in timed.items()}
@@ -198,11 +210,25 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
       say(describe(rows[-1]))
     if peers:
       about = {name: rows[-1][name] for name in ('pruned', 'pattern', 'macs_kept')}
-      differences = _compare(case, params, x_BxSxD, patterns, theirs, results['mask'])
+      differences = _compare(case, params, x, patterns, theirs, results['mask'])
       for row in torch_peer.rows(case.suite, about, seconds, differences):
         rows.append(row)
         say(torch_peer.describe(row))
   return rows
+
+
+def _make(case: Case) -> tuple[jax.Array, Any, dict[str, ways.Way]]:
+  """Random input and parameters, and what runs them."""
+  cfg, key = case.model, jax.random.key(case.seed)
+  if case.suite == 'utterance':
+    cfg = utterance.gated(cfg, case.stacks)
+    params = nn.unbox(step.init_params(cfg, key))
+    mel_BxTxM = jax.random.normal(key, (case.batch, _audio_frames(case), cfg.mels))
+    return mel_BxTxM, params, utterance.make(cfg, params, mel_BxTxM, case.tokens)
+  shape, dtype = (case.batch, case.frames, cfg.d), jnp.dtype(cfg.activation_dtype)
+  x_BxSxD, params = jax.random.normal(key, shape, dtype), nn.unbox(step.init_params(cfg, key))
+  timed = ways.make(case.suite, cfg, params, x_BxSxD, case.tokens, case.contexts)
+  return x_BxSxD, params, timed
 
 
 def _peers(case: Case, params: Any, x_BxSxD: jax.Array) -> dict[str, Callable]:

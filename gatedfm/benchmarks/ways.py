@@ -69,13 +69,17 @@ def make(
     unrolled = for_inference(cfg, params)
 
   share = lambda model: (model[0], {kind: model[1][kind]})
-  kind_of = _Trained if suite == 'train' else _Traced
-  traced = lambda execution, model, **k: kind_of(execution, forward, share(model), x_BxSxD, **k)
+  kind_of = _Trained if suite == 'train' else Traced
+  arrays = lambda patterns: _arrays(patterns, kind, len(x_BxSxD))
+  traced = lambda execution, model, **k: kind_of(
+    execution, forward, share(model), x_BxSxD, arrays, **k
+  )
+  fixed = lambda pattern: {name.split('/')[1]: bits for name, bits in pattern.sites}
   builders = {
     'mask': lambda: traced('mask', unrolled),
     'skip': lambda: traced('skip', unrolled),
     'scanned': lambda: traced('skip', for_inference(cfg, params, scan_encoder=True)),
-    'static': lambda: _Static(forward, share(unrolled), x_BxSxD),
+    'static': lambda: Static(forward, share(unrolled), x_BxSxD, fixed),
     'layerwise': lambda: _Layerwise(unrolled, x_BxSxD),
     'bucketed': lambda: traced('bucketed', unrolled),
   }
@@ -83,27 +87,35 @@ def make(
   return {'dense': traced('mask', unrolled, dense=True)} | {n: builders[n]() for n in names}
 
 
-class _Traced:
-  """One program for all gates, compiled at the first call."""
+class Traced:
+  """One program for all gates, compiled at the first call.
+
+  Args:
+    execution: of the model.
+    forward: `(model, params, x, gates)`, what is timed.
+    model: with its parameters.
+    x: its input.
+    arrays: makes `gates` of patterns.
+    dense: there are none.
+  """
 
   donated = ()
 
-  def __init__(self, execution, forward, model, x_BxSxD, dense=False):
-    (self._stack,) = model[1]
+  def __init__(self, execution, forward, model, x, arrays, dense=False):
     cfg = dataclasses.replace(model[0].cfg, execution=execution)
     run = functools.partial(forward, SpeechModel(cfg))
     self._jitted = jax.jit(run, donate_argnums=self.donated)
-    self._params, self._x_BxSxD, self._dense = model[1], x_BxSxD, dense
+    self._params, self._x = model[1], x
+    self._arrays = (lambda patterns: {}) if dense else arrays
     self._compiled = None
 
   def __call__(self, patterns: Sequence[Pattern]) -> Prepared:
-    gates = {} if self._dense else _arrays(patterns, self._stack, len(self._x_BxSxD))
-    args = self._params, self._x_BxSxD, gates
+    args = self._params, self._x, self._arrays(patterns)
     self._compiled = self._compiled or _compile(self._jitted, *args)
     return self._compiled.on(*args)
 
 
-class _Trained(_Traced):
+class _Trained(Traced):
   """The same of a training step, whose parameters, donated, are the next one's."""
 
   donated = (0,)
@@ -123,18 +135,17 @@ class _Trained(_Traced):
     return dataclasses.replace(prepared, call=call)
 
 
-class _Static:
-  """A program per pattern, in which closed modules are not."""
+class Static:
+  """A program per pattern, in which closed modules are not; `fixed` makes its gates."""
 
-  def __init__(self, forward, model, x_BxSxD):
-    self._forward, self._model, self._x_BxSxD = forward, model, x_BxSxD
+  def __init__(self, forward, model, x, fixed):
+    self._forward, self._model, self._x, self._fixed = forward, model, x, fixed
 
   def __call__(self, patterns: Sequence[Pattern]) -> Prepared:
     (pattern,) = patterns
     model, params = self._model
-    gates = {name.split('/')[1]: bits for name, bits in pattern.sites}
-    jitted = jax.jit(functools.partial(self._forward, model, gates=gates))
-    return _compile(jitted, params, self._x_BxSxD).on(params, self._x_BxSxD)
+    jitted = jax.jit(functools.partial(self._forward, model, gates=self._fixed(pattern)))
+    return _compile(jitted, params, self._x).on(params, self._x)
 
 
 class _Layerwise:

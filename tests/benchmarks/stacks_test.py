@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gatedfm.analysis import plots
-from gatedfm.benchmarks import stacks, ways
+from gatedfm.benchmarks import stacks, utterance, ways
 from gatedfm.models import speech_costs
 from gatedfm.models.speech_config import ConfigError
 
@@ -18,6 +18,7 @@ CASES = {
   'encoder': dataclasses.replace(CASE, batch=2),
   'decoder': dataclasses.replace(CASE, suite='decoder'),
   'train': dataclasses.replace(CASE, suite='train', masks=1),
+  'utterance': dataclasses.replace(CASE, suite='utterance', masks=1),
   'apart': dataclasses.replace(CASE, batch=5, contexts=3),
 }
 
@@ -33,6 +34,8 @@ def rows(fast_compilation, case):
 
 
 def names(case):
+  if case.suite == 'utterance':
+    return utterance.WAYS
   return ways.APART if case.contexts > 1 else ways.BY_SUITE[case.suite]
 
 
@@ -68,6 +71,12 @@ def test_macs_kept_are_those_of_what_is_open(case):
   rng, total = np.random.default_rng(0), sum(s.layers for s in case.sites)
   everything, nothing = (stacks.random_pattern(case.sites, n, rng) for n in (0, total))
   assert stacks.macs_kept(case, [everything]) == 1
+  if case.suite == 'utterance':
+    costs = [
+      speech_costs.total_macs(case.model, 27, 3, p.to_gates()) for p in (nothing, everything)
+    ]
+    assert stacks.macs_kept(case, [nothing]) == costs[0] / costs[1] < 1
+    return
   # The decoder's output layer has no gate.
   own = sum(site.layers * _macs(case)[site.name] for site in case.sites)
   output = 3 * 8 * 11 if case.suite == 'decoder' else 0
@@ -104,6 +113,8 @@ def test_the_picture_has_all_rows(rows, case):
     ({'batch': 0}, 'batch is 0'),
     ({'suite': 'middle'}, "suite is 'middle'"),
     ({'seed': -1}, 'seed is -1'),
+    ({'stacks': ('middle',)}, r"stacks is \('middle',\)"),
+    ({'suite': 'utterance', 'batch': 2, 'contexts': 2}, 'utterances are timed with one pattern'),
     ({'contexts': 2}, '2 contexts need a batch as large; it is 1'),
   ],
 )
@@ -123,3 +134,22 @@ def test_shapes():
       stacks.model(shape, 'float32')
   with pytest.raises(ConfigError, match="pruned: .*'half'"):
     stacks.shares(['0.5', 'half'])
+
+
+def test_an_utterance_predicts_its_gates(fast_compilation):
+  """The predictors' biases alone decide, and as the pattern says."""
+  case = dataclasses.replace(CASE, suite='utterance', stacks=('decoder',))
+  cfg = utterance.gated(case.model, case.stacks)
+  assert {s.stack for s in case.sites} == {'decoder'}
+  pattern = stacks.random_pattern(case.sites, 3, np.random.default_rng(0))
+  biases = utterance._biases(cfg, [pattern])
+  assert list(biases) == ['decoder_gates']
+  bias = biases['decoder_gates']['mlp']['bias'].reshape(-1, 2)
+  bits = [b for _, row in pattern.sites for b in row]
+  assert [bool(keep > drop) for drop, keep in bias] == bits
+  *_, timed = stacks._make(case)
+  results = [timed[way]([pattern]).call() for way in ('dense', 'mask', 'skip')]
+  np.testing.assert_array_equal(results[0]['memory'], results[1]['memory'])  # its encoder is dense
+  np.testing.assert_array_equal(results[1]['tokens'], results[2]['tokens'])
+  assert results[0]['tokens'].shape == (1, case.tokens)
+  assert not (np.asarray(results[0]['tokens']) == cfg.vocab_size - 1).any()

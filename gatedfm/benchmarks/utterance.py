@@ -1,0 +1,117 @@
+"""A whole utterance, from features to tokens, its gates predicted on the way.
+
+The predictor of a random model is made to decide as a pattern wants, by its biases alone, so that
+its cost is in the time and its answer is known. Texts have no end of their own: as many tokens
+are written as asked for. Letters: B batch, T frames of 10 ms, M mel bands, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm.benchmarks import ways
+from gatedfm.execution import ctc_prefix, decoding
+from gatedfm.gates import Gates, Pattern
+from gatedfm.models.speech import SpeechModel, for_inference
+from gatedfm.models.speech_config import GateConfig, SpeechConfig
+from gatedfm.nn import gating
+
+WAYS = ('mask', 'skip', 'scanned', 'static')
+PREDICTORS = {'encoder': 'encoder_gates', 'decoder': 'decoder_gates'}
+CERTAIN = 10.0  # log-odds of a decision
+
+
+def gated(cfg: SpeechConfig, stacks: Sequence[str]) -> SpeechConfig:
+  """The configuration with predictors that read all there is, for these stacks."""
+  return dataclasses.replace(cfg, gates=GateConfig(enabled=True, stacks=tuple(stacks)))
+
+
+def make(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, tokens: int) -> dict[str, ways.Way]:
+  """The ways to run an utterance by name, `dense`, without predictors, first; see `ways.make`.
+
+  `static` knows the gates beforehand: one program for the whole pattern, without predictors.
+
+  Args:
+    cfg, params: of a model with predictors (`gated`), in the training layout.
+    mel_BxTxM: normalised features, all frames valid.
+    tokens: L, written by joint CTC/attention decoding.
+  """
+  blind = {
+    name: {'mlp': {'kernel': jnp.zeros_like(params[name]['mlp']['kernel'])}}
+    for name in PREDICTORS.values()
+    if name in params
+  }
+  params = _merged(params, blind)
+  forward = functools.partial(_run, tokens)
+  predicted = for_inference(cfg, params)
+  plain = dataclasses.replace(predicted[0].cfg, gates=GateConfig())
+  own = {k: v for k, v in predicted[1].items() if k not in blind}
+  traced = lambda execution, model, **k: ways.Traced(
+    execution, forward, model, mel_BxTxM, functools.partial(_biases, cfg), **k
+  )
+  scanned = for_inference(cfg, params, scan_encoder=True)
+  return {
+    'dense': traced('mask', (SpeechModel(plain), own), dense=True),
+    'mask': traced('mask', predicted),
+    'skip': traced('skip', predicted),
+    'scanned': traced('skip', scanned),
+    'static': ways.Static(forward, (SpeechModel(plain), own), mel_BxTxM, Pattern.fixed),
+  }
+
+
+def _merged(tree: Any, other: Mapping[str, Any]) -> Any:
+  """`tree` with the leaves of `other` in place of its own."""
+  return {
+    k: (_merged(v, other[k]) if isinstance(v, dict) else other[k]) if k in other else v
+    for k, v in tree.items()
+  }
+
+
+def _biases(cfg: SpeechConfig, patterns: Sequence[Pattern]) -> Mapping[str, Any]:
+  """Parameters with which the predictors decide as the one pattern says."""
+  (pattern,) = patterns
+  out = {}
+  for stack in cfg.gates.stacks:
+    bits = np.array([b for _, row in pattern.stack(stack).sites for b in row])
+    log_odds = np.where(bits, CERTAIN, -CERTAIN).astype(np.float32)
+    bias = np.stack([np.zeros_like(log_odds), log_odds], 1).reshape(-1)
+    out[PREDICTORS[stack]] = {'mlp': {'bias': jnp.asarray(bias)}}
+  return out
+
+
+def _run(
+  tokens: int, model: SpeechModel, params: Any, mel_BxTxM: jax.Array, gates: Mapping | Gates
+) -> dict[str, jax.Array]:
+  """Memory `[B, S, D]` and tokens `[B, L]`; `gates` are the predictors' biases or fixed."""
+  fixed = gates if isinstance(gates, Gates) else None
+  params = params if fixed else _merged(params, gates)
+  batch, frames = mel_BxTxM.shape[:2]
+  none = jnp.zeros(batch, jnp.int32)
+  call = functools.partial(model.apply, {'params': params})
+  frames_B = jnp.full(batch, frames)
+  encoded = call(mel_BxTxM, frames_B, gating.Context(none, none), fixed, method='encode')
+  ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
+  vocabulary = model.cfg.vocab_size
+  never_ends = np.arange(vocabulary) > 0  # all but CTC's blank, and the end, which is the last
+  never_ends[-1] = False
+  request = decoding.Request(
+    features=None,
+    frames=frames_B,
+    language=none,
+    task=none,
+    primer=jnp.ones((batch, 3), jnp.int32),
+    steps=jnp.int32(tokens),
+    ctc_weight=jnp.float32(0.3),
+    gates=None,
+    length=tokens,
+  )
+  what = decoding.Vocabulary(vocabulary - 1, never_ends, np.arange(1, 2))
+  decoded = decoding.greedy(model, params, encoded, ctc, request, what)
+  return {'memory': encoded.memory, 'tokens': decoded.tokens}
