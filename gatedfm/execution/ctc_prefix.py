@@ -53,6 +53,11 @@ def frames(ctc_logits_BxSxV: jax.Array, mask_BxS: jax.Array) -> Frames:
   return Frames(log_probs, jnp.exp(log_probs), mask_BxS)
 
 
+def best_path(x: Frames) -> jax.Array:
+  """The likeliest class of each frame, `[B, S]`, blank in padding."""
+  return jnp.where(x.mask, jnp.argmax(x.log_probs, -1), BLANK)
+
+
 def start(x: Frames) -> Prefix:
   """The empty text."""
   blanks_BxS = jnp.where(x.mask, x.log_probs[..., BLANK], 0)

@@ -18,11 +18,30 @@ import numpy as np
 from gatedfm import compiling
 from gatedfm import gates as gates_lib
 from gatedfm.data.features import FeatureStats
-from gatedfm.execution import ctc_prefix, decoding
+from gatedfm.execution import alignment, beam, ctc_decoding, ctc_prefix, decoding
 from gatedfm.execution.decoding import Decoded, Request, Vocabulary
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import Encoded, SpeechModel
 from gatedfm.nn import gating
+
+
+def write(
+  model: SpeechModel,
+  params: Any,
+  encoded: Encoded,
+  ctc: ctc_prefix.Frames,
+  x: Request,
+  vocabulary: Vocabulary,
+) -> Decoded:
+  """From encoder and CTC to texts, in the way that `x.search` asks for; see `decoding.greedy`."""
+  if x.search.decoder:
+    way = decoding.greedy if x.search.beam == 1 else beam.jointly
+    out = way(model, params, encoded, ctc, x, vocabulary)
+  else:
+    out = ctc_decoding.alone(ctc, encoded.gates, x, vocabulary)
+  if x.timestamps:
+    out = out.replace(spans=alignment.align(ctc, out.tokens, vocabulary.eos))
+  return out
 
 
 class Whole:
@@ -38,7 +57,7 @@ class Whole:
     context = gating.Context(x.language, x.task)
     encoded = call(mel_BxTxM, x.frames, context, x.gates, method='encode')
     ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
-    return decoding.greedy(self._model, params, encoded, ctc, x, self._vocabulary)
+    return write(self._model, params, encoded, ctc, x, self._vocabulary)
 
   def prepare(self, params: Any, x: Request) -> list[futures.Future]:
     """Starts compiling for requests like `x`: what to wait for."""
@@ -132,7 +151,7 @@ class Staged:
     self, params: Any, memory_BxSxD: jax.Array, ctc: ctc_prefix.Frames, x: Request, pattern: Pattern
   ) -> Decoded:
     encoded = Encoded(memory_BxSxD, ctc.mask, pattern.fixed())
-    return decoding.greedy(self._model, params, encoded, ctc, x, self._vocabulary)
+    return write(self._model, params, encoded, ctc, x, self._vocabulary)
 
   def _pattern(self, stack: str, bits_MxNxB: jax.Array | None, given: Gates | None) -> Pattern:
     """The pattern of a stack, from its decisions or from the caller's gates.
@@ -163,8 +182,10 @@ class Staged:
     encoder = self._pattern('encoder', decided['encoder'], given)
     mine = self._needed(params, 'encoder', 'ctc', 'decoder_gates')
     memory_BxSxD, ctc, more = self._encode((key, encoder), mine, heard, x, pattern=encoder)
-    decoder = self._pattern('decoder', (decided | more)['decoder'], given)
-    mine = self._needed(params, 'decoder')
+    decoder, mine = Pattern(()), {}
+    if x.search.decoder:
+      decoder = self._pattern('decoder', (decided | more)['decoder'], given)
+      mine = self._needed(params, 'decoder')
     out = self._decode((key, decoder), mine, memory_BxSxD, ctc, x, pattern=decoder)
     used = {
       name: np.repeat(np.array(bits, np.float32)[:, None], batch, 1)

@@ -6,6 +6,7 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 
 from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.data.types import DataError
-from gatedfm.execution import ctc_prefix, decoding, programs
+from gatedfm.execution import ctc_prefix, decoding, programs, words
+from gatedfm.execution.decoding import GREEDY, Search
 from gatedfm.gates import Gates
 from gatedfm.models.speech import for_inference
 from gatedfm.models.speech_config import SpeechConfig
@@ -42,6 +44,7 @@ class Recognizer:
     notimestamps: whether the model was trained with `<notimestamps>` in its primer.
     ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
       attention decoder alone.
+    search: how texts are searched for.
   """
 
   def __init__(
@@ -52,8 +55,9 @@ class Recognizer:
     execution: str = 'mask',
     notimestamps: bool = False,
     ctc_weight: float = 0.3,
+    search: Search = GREEDY,
   ):
-    self._ctc_weight, self._binary = ctc_weight, execution != 'mask'
+    self._ctc_weight, self._binary, self.search = ctc_weight, execution != 'mask', search
     self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
     self.model, self.params = for_inference(
@@ -69,7 +73,11 @@ class Recognizer:
 
   @classmethod
   def load(
-    cls, workdir: Path | str, execution: str = 'mask', ctc_weight: float | None = None
+    cls,
+    workdir: Path | str,
+    execution: str = 'mask',
+    ctc_weight: float | None = None,
+    search: Search = GREEDY,
   ) -> Recognizer:
     """From the workdir of a training run: its newest checkpoint, configuration, assets.
 
@@ -77,6 +85,7 @@ class Recognizer:
       workdir: of the run.
       execution: see the class.
       ctc_weight: None decodes with the weight that the model was trained with.
+      search: see the class.
 
     Raises:
       CheckpointError: the workdir holds no run, naming what is missing.
@@ -93,7 +102,7 @@ class Recognizer:
         )
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
     weight = cfg.ctc_weight if ctc_weight is None else ctc_weight
-    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, weight)
+    return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, weight, search)
 
   def primer(self, task: str, languages: Sequence[str]) -> np.ndarray:
     """`<sos> <lang> <task>` of each utterance, `[B, 3]`; of `lid` only `<sos>` is read."""
@@ -112,7 +121,7 @@ class Recognizer:
     task: str,
     languages: Sequence[str],
     gates: Gates | None = None,
-    max_tokens: int = 0,
+    timestamps: bool = False,
   ) -> decoding.Decoded:
     """Decodes a batch of one task.
 
@@ -122,31 +131,41 @@ class Recognizer:
       task: `asr`, `st_xxx` or `lid`.
       languages: ISO 639-3 code of each utterance; not read for `lid`.
       gates: overrides the predictor.
-      max_tokens: cap of new tokens, within the model's limit; 0 is one per encoder frame.
+      timestamps: also align each transcript, for `words`.
 
     Raises:
       ValueError: a language or task that the model does not know, with those it knows; gates
-        between open and closed under `skip` or `static`.
+        between open and closed under `skip` or `static`; a translation to be aligned, or to be
+        written by CTC.
     """
-    x = self._request(features_BxTxM, frames_B, task, languages, gates, max_tokens)
+    x = self._request(features_BxTxM, frames_B, task, languages, gates, timestamps)
     return self._programs(self.params, x)
 
-  def prepare(self, batch: int, frames: int) -> list[futures.Future]:
-    """Starts compiling for `batch` utterances of `frames`, of any task: what to wait for.
+  def prepare(
+    self, batch: int, frames: int, task: str = '', timestamps: bool = False
+  ) -> list[futures.Future]:
+    """Starts compiling for `batch` utterances of `frames`: what to wait for.
 
-    Under `static` that is what does not depend on the gates.
+    Under `static` that is what does not depend on the gates. Any task does for all, unless texts
+    are written by CTC alone, or aligned, which is done for transcripts.
     """
     t, none = self.tokenizer, np.zeros(batch, np.int32)
     features = np.zeros((batch, frames, self.cfg.mels), np.float32)
-    x = self._request(features, none, t.tasks[0], t.languages[:1] * batch)
+    languages = t.languages[:1] * batch
+    x = self._request(features, none, task or t.tasks[0], languages, None, timestamps)
     return self._programs.prepare(self.params, x)
 
   def _request(
-    self, features_BxTxM, frames_B, task, languages, gates=None, max_tokens=0
+    self, features_BxTxM, frames_B, task, languages, gates=None, timestamps=False
   ) -> decoding.Request:
     """What the programs take; arguments as of `__call__`."""
-    t = self.tokenizer
+    t, search = self.tokenizer, self.search
     known = task != 'lid'
+    if task not in ('asr', 'lid') and (timestamps or not search.decoder):
+      raise ValueError(f'CTC hears what is said and writes and aligns transcripts, not {task}')
+    if not known:
+      # Languages are the decoder's to tell; a greedy one's first step is any one's.
+      search, timestamps = dataclasses.replace(search, decoder=True), False
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
@@ -156,7 +175,10 @@ class Recognizer:
     for name, g in gates.values.items() if gates is not None and self._binary else ():
       if ((g != 0) & (g != 1)).any():
         raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
-    length = min(max_tokens or features_BxTxM.shape[1] // 4, self.cfg.max_tokens - primer.shape[1])
+    # Frames enough for any utterance of this shape; caches end where the model's positions do.
+    length = search.lengths(features_BxTxM.shape[1] // 4)[1]
+    if search.decoder:
+      length = min(length, self.cfg.max_tokens - primer.shape[1])
     return decoding.Request(
       features_BxTxM,
       frames_B,
@@ -168,6 +190,8 @@ class Recognizer:
       np.float32(self._ctc_weight if task == 'asr' else 0),
       gates,
       length,
+      search,
+      timestamps,
     )
 
   def program_bytes(self) -> int:
@@ -176,9 +200,25 @@ class Recognizer:
 
   def texts(self, decoded: decoding.Decoded) -> list[str]:
     """The texts."""
-    rows = np.asarray(decoded.tokens)
-    ends = [np.flatnonzero(np.append(r, self.tokenizer.eos) == self.tokenizer.eos)[0] for r in rows]
-    return [self.tokenizer.decode(r[:n].tolist()) for r, n in zip(rows, ends)]
+    return [self.tokenizer.decode(self._ended(r)) for r in np.asarray(decoded.tokens)]
+
+  def _ended(self, row_L: np.ndarray) -> list[int]:
+    """Tokens up to the first `eos`."""
+    eos = self.tokenizer.eos
+    return row_L[: np.flatnonzero(np.append(row_L, eos) == eos)[0]].tolist()
+
+  def nbest(self, decoded: decoding.Decoded) -> list[list[tuple[str, float]]]:
+    """A beam's texts of each utterance with their scores, the best first."""
+    pairs = zip(np.asarray(decoded.hypotheses), np.asarray(decoded.scores))
+    return [
+      [(self.tokenizer.decode(self._ended(r)), float(s)) for r, s in zip(*pair) if s > -np.inf]
+      for pair in pairs
+    ]
+
+  def words(self, decoded: decoding.Decoded) -> list[list[words.Word]]:
+    """The words of each text with their times, of utterances decoded with `timestamps`."""
+    rows = zip(np.asarray(decoded.tokens), np.asarray(decoded.spans))
+    return [words.of(self.tokenizer, self._ended(r), spans) for r, spans in rows]
 
   def ctc_texts(self, decoded: decoding.Decoded) -> list[str]:
     """The texts of the best CTC path: repeats merged, blanks dropped."""
