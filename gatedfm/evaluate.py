@@ -21,6 +21,7 @@ _DATA = flags.DEFINE_string(
 _CTC_WEIGHT = flags.DEFINE_float(
   'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
 )
+_SEARCH = mains.define_search()
 flags.mark_flag_as_required('checkpoint')
 
 
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     workdir = mains.folder(_CHECKPOINT.value)
-    result = points.evaluate(workdir, _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value)
+    result = points.evaluate(
+      workdir, _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value, _SEARCH()
+    )
     print(report.aligned(report.results({'points': {workdir.resolve().name: result}})))
     print(f'{workdir}/evaluation_{_SPLIT.value}.json has the rest')
 

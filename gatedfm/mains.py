@@ -125,6 +125,26 @@ def folder(value: str) -> Path:
   return Path(value).expanduser()
 
 
+def define_search() -> Callable[..., Any]:
+  """Defines the flags of how texts are searched for; what reads them as a `decoding.Search`."""
+  number, ratio = flags.DEFINE_integer, flags.DEFINE_float
+  found = {
+    'beam': number('beam', 1, 'Hypotheses of the beam search; 1 decodes greedily.'),
+    'length_penalty': ratio('length_penalty', 0.0, 'Added to a score for each token (beam).'),
+    'maxlenratio': ratio(
+      'maxlenratio', 0.0, 'Most tokens per 40 ms; 0 is one, -20 are 20 however long the audio.'
+    ),
+    'minlenratio': ratio('minlenratio', 0.0, 'The same of the fewest tokens.'),
+  }
+
+  def read(**more: Any) -> Any:
+    from gatedfm.execution.decoding import Search
+
+    return Search(**{name: flag.value for name, flag in found.items()}, **more)
+
+  return read
+
+
 def set_up() -> None:
   """Joins several hosts where there are any, and keeps compiled programs between calls.
 

@@ -20,6 +20,7 @@ from gatedfm import gates as gates_lib
 from gatedfm.data import corpus, features, pipeline, sources
 from gatedfm.data.types import SAMPLE_RATE, SPLITS, DataError
 from gatedfm.evaluation import quality, timing
+from gatedfm.execution.decoding import GREEDY, Search
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models import speech_costs
 from gatedfm.trainers import checkpoints, workdirs
@@ -64,6 +65,7 @@ def evaluate(
   other: str = '',
   data_dir: str = '',
   ctc_weight: float | None = None,
+  search: Search = GREEDY,
 ) -> dict:
   """Quality, gates and costs of a point on a split, from `evaluation_SPLIT.json` where it is fresh.
 
@@ -73,6 +75,7 @@ def evaluate(
     other: source spec for language identification on another source than the trained one.
     data_dir: where data is prepared.
     ctc_weight: of CTC in joint decoding of transcripts; None is that of the training.
+    search: how texts are searched for.
 
   Raises:
     CheckpointError: no trained model there.
@@ -88,6 +91,7 @@ def evaluate(
     'data': [s.fingerprint for s in corpus.open_sources(cfg.data, split, folder, cfg.skip_bad)],
     'other': [other, sources.load(other, 'test', folder).fingerprint] if other else [],
     'ctc_weight': cfg.ctc_weight if ctc_weight is None else ctc_weight,
+    **({} if search == GREEDY else {'search': dataclasses.asdict(search)}),
   }
   outputs_path = workdir / f'outputs_{split}.jsonl'
   if path.exists() and outputs_path.exists():
@@ -95,7 +99,7 @@ def evaluate(
     # Who asks for no other source is served by an evaluation that had one, and does not lose it.
     if saved['key'] == key | ({} if other else {'other': saved['key']['other']}):
       return saved
-  recognizer = Recognizer.load(workdir, 'mask', ctc_weight)
+  recognizer = Recognizer.load(workdir, 'mask', ctc_weight, search)
   assets = corpus.Assets.load(workdir / corpus.ASSETS)
   opened = _splits(cfg, assets, split, other, folder)
   shapes = opened['same'].shapes

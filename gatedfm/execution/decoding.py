@@ -28,8 +28,8 @@ class Search:
 
   Attributes:
     beam: hypotheses kept after each token; 1 decodes greedily.
-    length_penalty: added to a hypothesis's score for each token, its end too (`penalty` in
-      ESPnet): positive favours long texts. Greedy decoding weighs no lengths.
+    length_penalty: of a beam, added to a hypothesis's score for each token, its end too
+      (`penalty` in ESPnet): positive favours long texts.
     maxlenratio: most tokens per encoder frame of 40 ms; 0 is one; below 0, that many tokens
       whatever the frames.
     minlenratio: the same of the fewest. ESPnet drops hypotheses that end earlier; here they
@@ -57,11 +57,12 @@ class Search:
     least, most = self.minlenratio, self.maxlenratio or 1.0
     if (least < 0) == (most < 0) and abs(least) > abs(most):
       raise ConfigError(f'minlenratio {least} asks for more tokens than maxlenratio {most} allows')
-    lengths = (self.length_penalty, self.maxlenratio, self.minlenratio)
-    if not self.decoder and self.beam == 1 and any(lengths):
+    if self.beam == 1 and self.length_penalty:
+      raise ConfigError('greedy decoding weighs no lengths: length_penalty needs a beam above 1')
+    if self.beam == 1 and not self.decoder and (self.maxlenratio or self.minlenratio):
       raise ConfigError(
-        'the best CTC path has the length that it has: search with a beam above 1, or drop '
-        'length_penalty, maxlenratio and minlenratio'
+        'the best CTC path has the length that it has: maxlenratio and minlenratio need a beam '
+        'above 1'
       )
 
   def lengths(self, frames: int) -> tuple[int, int]:

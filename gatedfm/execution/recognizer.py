@@ -6,7 +6,6 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.data.types import DataError
-from gatedfm.execution import ctc_prefix, decoding, programs, words
+from gatedfm.execution import ctc_decoding, decoding, programs, words
 from gatedfm.execution.decoding import GREEDY, Search
 from gatedfm.gates import Gates
 from gatedfm.models.speech import for_inference
@@ -70,6 +69,11 @@ class Recognizer:
     vocabulary = decoding.Vocabulary(t.eos, allowed, languages)
     engine = programs.Staged if execution == 'static' else programs.Whole
     self._programs = engine(self.model, self.stats, vocabulary)
+
+  @property
+  def mixes(self) -> bool:
+    """Whether the utterances of a batch may differ in their gates, or there are none."""
+    return not self._binary or not self.cfg.gates.enabled
 
   @classmethod
   def load(
@@ -163,9 +167,8 @@ class Recognizer:
     known = task != 'lid'
     if task not in ('asr', 'lid') and (timestamps or not search.decoder):
       raise ValueError(f'CTC hears what is said and writes and aligns transcripts, not {task}')
-    if not known:
-      # Languages are the decoder's to tell; a greedy one's first step is any one's.
-      search, timestamps = dataclasses.replace(search, decoder=True), False
+    if not known and not search.decoder:
+      search = GREEDY  # languages are the decoder's to tell
     language_B = np.array([t.language_id(x) if known else 0 for x in languages], np.int32)
     task_B = np.full(len(languages), t.task_id(task), np.int32)
     primer = self.primer(task, languages)
@@ -222,11 +225,9 @@ class Recognizer:
 
   def ctc_texts(self, decoded: decoding.Decoded) -> list[str]:
     """The texts of the best CTC path: repeats merged, blanks dropped."""
-    out = []
-    for row in np.asarray(decoded.ctc):
-      kept = row[np.append(True, row[1:] != row[:-1]) & (row != ctc_prefix.BLANK)]
-      out.append(self.tokenizer.decode(kept.tolist()))
-    return out
+    path_BxS = jnp.asarray(decoded.ctc)
+    rows = ctc_decoding.collapsed(path_BxS, path_BxS.shape[1], self.tokenizer.eos)
+    return [self.tokenizer.decode(self._ended(r)) for r in np.asarray(rows)]
 
   def languages(self, decoded: decoding.Decoded) -> list[str]:
     """The most likely language of each utterance."""

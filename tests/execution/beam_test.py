@@ -179,7 +179,8 @@ def test_searching_ends_with_the_last_utterance():
     ({'maxlenratio': 0.2, 'minlenratio': 0.3}, 'more tokens than maxlenratio 0.2 allows'),
     ({'maxlenratio': -2, 'minlenratio': -3}, 'more tokens than maxlenratio -2'),
     ({'minlenratio': 1.5}, 'more tokens than maxlenratio 1.0'),
-    ({'decoder': False, 'length_penalty': 1.0}, 'the best CTC path has the length that it has'),
+    ({'length_penalty': 1.0}, 'length_penalty needs a beam above 1'),
+    ({'decoder': False, 'maxlenratio': 0.5}, 'the best CTC path has the length that it has'),
   ],
 )
 def test_options_that_cannot_be(options, message):

@@ -12,7 +12,9 @@ import tiny_run
 from gatedfm import gates as gates_lib
 from gatedfm.data import audio_io, features
 from gatedfm.execution import files
-from gatedfm.execution.decoding import Decoded
+from gatedfm.execution.decoding import GREEDY, Decoded, Search
+from gatedfm.execution.long_form import Windows
+from gatedfm.execution.words import Word
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 
 SITES = SpeechConfig(encoder='transformer', encoder_layers=2, decoder_layers=1)
@@ -22,26 +24,44 @@ class FakeRecognizer:
   """Says what it was given, and opens every second gate."""
 
   cfg = SITES
-  tokenizer = types.SimpleNamespace(tasks=('asr', 'lid', 'st_eng'), languages=('fra', 'rus'))
 
-  def __init__(self, gated=True):
-    self.calls = []
+  def __init__(self, gated=True, mixes=False, search=GREEDY):
+    self.calls, self.prepared = [], []
+    self.mixes, self.search = mixes, search
     values = {s.name: (jnp.arange(s.layers) % 2.0)[:, None] for s in SITES.sites()}
     self._gates = gates_lib.Gates(values if gated else {})
+    self.tokenizer = types.SimpleNamespace(
+      tasks=('asr', 'lid', 'st_eng'),
+      languages=('fra', 'rus'),
+      decode=lambda ids: ' '.join(map(str, ids)),
+    )
 
-  def __call__(self, mel, frames, task, languages):
+  def __call__(self, mel, frames, task, languages, timestamps=False):
     self.calls.append((mel, frames, task, languages))
-    return Decoded(tokens=None, ctc=None, language=None, gates=self._gates)
+    gates = {k: jnp.repeat(v, len(frames), 1) for k, v in self._gates.values.items()}
+    spans = frames if timestamps else None
+    tokens = np.zeros((len(frames), 1))
+    return Decoded(tokens, mel, None, gates_lib.Gates(gates), spans=spans)
 
-  def prepare(self, batch, frames):
-    self.prepared = batch, frames
+  def prepare(self, batch, frames, task='', timestamps=False):
+    self.prepared.append((batch, frames, task, timestamps))
     done = futures.Future()
     done.set_result(None)
     return [done]
 
-  texts = lambda self, _: ['a text']
-  ctc_texts = lambda self, _: ['a path']
-  languages = lambda self, _: ['rus']
+  texts = lambda self, decoded: ['a text'] * len(decoded.tokens)
+  languages = lambda self, decoded: ['rus'] * len(decoded.tokens)
+
+  def words(self, decoded):
+    """Where features are numbers of seconds: those that a window has all of."""
+    return [
+      [
+        Word(str(int(x)), at / 100 + 0.4, at / 100 + 0.6, (int(x),))
+        for x, at, size in zip(*np.unique(row[:n, 0], return_index=True, return_counts=True))
+        if size == 100
+      ]
+      for row, n in zip(decoded.ctc, decoded.spans)
+    ]
 
 
 def tone(rate, seconds=0.9):
@@ -76,7 +96,6 @@ def test_what_a_result_says(stereo):
   result = files.transcribe(fake, stereo, 'asr', 'fra')
   assert (result.text, result.language, result.open) == ('a text', 'fra', 2 / 7)
   assert result.pattern.startswith('encoder/attention:01 encoder/ffn:01 decoder/')
-  assert files.transcribe(fake, stereo, 'asr', 'fra', ctc=True).text == 'a path'
   dense = files.transcribe(FakeRecognizer(gated=False), stereo, 'asr', 'fra')
   assert (dense.pattern, dense.open) == ('dense', 1.0)
 
@@ -87,16 +106,18 @@ def test_compiling_is_told_of_and_not_timed(stereo, monkeypatch):
   read, run = files._read, FakeRecognizer.__call__
 
   def wait(programs, say):
-    assert [p.result() for p in programs] == [None]
+    assert [p.result() for p in programs] == [None, None]
     passes(1000)
     say('compiling')
 
   monkeypatch.setattr(files.time, 'perf_counter', lambda: now[0])
   monkeypatch.setattr(files.compiling, 'wait', wait)
   monkeypatch.setattr(files, '_read', lambda path: passes(10) or read(path))
-  monkeypatch.setattr(FakeRecognizer, '__call__', lambda *args: passes(1) or run(*args))
+  monkeypatch.setattr(
+    FakeRecognizer, '__call__', lambda *args, **how: passes(1) or run(*args, **how)
+  )
   assert files.transcribe(fake, stereo, 'asr', say=told.append).seconds == 12  # lid and asr
-  assert fake.prepared == (1, 128)
+  assert fake.prepared == [(1, 128, 'lid', False), (1, 128, 'asr', False)]
   assert told == ['compiling']
 
 
@@ -138,7 +159,6 @@ def test_a_language_is_identified_once(stereo):
     (b'no audio at all', '^undecodable audio: '),
     (np.zeros(800), r'^too short: 0\.05 s, at least 0\.1 s are needed$'),
     (np.full(16_000, np.inf), '^has NaN or infinite samples'),
-    (np.zeros(31 * 16_000), r'31\.0 s of audio.*cut the file'),
   ],
 )
 def test_files_that_cannot_be_transcribed(tmp_path, content, message):
@@ -162,6 +182,58 @@ def test_a_truncated_file_is_refused(stereo):
   with pytest.raises(files.FileError, match=r'^truncated: 0\.45 of 0\.90 s are there$'):
     files.transcribe(fake, stereo, 'asr', 'fra')
   assert not fake.calls
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+  """A file of 61 s whose features are the second that they are of."""
+  path = tmp_path / 'long.wav'
+  soundfile.write(path, np.tile(tone(16_000, 1), 61), 16_000)
+  seconds = np.arange(6_100)[:, None] // 100 * np.ones(80)
+  monkeypatch.setattr(files.features, 'log_mel', lambda audio: seconds.astype(np.float32))
+  return path
+
+
+@pytest.mark.parametrize('mixes', [False, True])
+@pytest.mark.parametrize('windows', [Windows(), Windows(8, 4), Windows(5.5, 0)])
+def test_transcripts_of_long_files_are_joined(counting, windows, mixes):
+  fake = FakeRecognizer(mixes=mixes)
+  result = files.transcribe(fake, counting, 'asr', 'fra', True, windows)
+  heard = [int(word.text) for word in result.words]
+  assert result.text == ' '.join(map(str, heard))
+  assert heard == sorted(set(heard))
+  np.testing.assert_allclose([word.start for word in result.words], np.array(heard) + 0.4)
+  # What the edge of a window cuts is heard by its neighbour, where they overlap.
+  assert len(heard) == 61 if windows.overlap else 48 <= len(heard) < 61
+  assert files.transcribe(fake, counting, 'asr', 'fra', windows=windows).words == ()
+  shapes = {mel.shape for mel, *_ in fake.calls}
+  assert len(shapes) == 1
+  assert (shapes.pop()[0] > 1) == mixes
+  assert all(timed for *_, timed in fake.prepared)
+
+
+def test_translations_of_long_files_follow_each_other(counting):
+  fake = FakeRecognizer()
+  result = files.transcribe(fake, counting, 'st_eng', '', False, Windows(30, 6))
+  assert result.text == 'a text a text a text'
+  assert result.language == 'rus'
+  frames = [int(n[0]) for _, n, task, _ in fake.calls if task == 'st_eng']
+  assert sum(frames) == 6_100
+  assert max(frames) <= 3_000
+  assert [(task, timed) for *_, task, timed in fake.prepared] == [('lid', False), ('st_eng', False)]
+
+
+def test_the_language_of_a_long_file_is_that_of_most_windows(counting):
+  fake = FakeRecognizer()
+  names = iter(['rus', 'fra', 'fra'])
+  fake.languages = lambda decoded: [next(names)]
+  assert files.transcribe(fake, counting, 'lid').text == 'fra'
+
+
+def test_words_of_a_short_file(stereo):
+  result = files.transcribe(FakeRecognizer(), stereo, 'asr', 'fra', True)
+  assert result.text == 'a text'
+  assert files.transcribe(FakeRecognizer(), stereo, 'asr', 'fra').words == ()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +266,15 @@ def test_languages():
 def test_a_model_that_cannot(task, language, message):
   with pytest.raises(ConfigError, match=message):
     files.check(FakeRecognizer(), task, language)
+
+
+def test_what_ctc_cannot_do():
+  alone = FakeRecognizer(search=Search(decoder=False))
+  files.check(alone, 'asr', 'fra', True)
+  with pytest.raises(ConfigError, match='CTC writes transcripts, not st_eng: drop --ctc'):
+    files.check(alone, 'st_eng', 'fra')
+  with pytest.raises(ConfigError, match='CTC times transcripts, not st_eng: drop --timestamps'):
+    files.check(FakeRecognizer(), 'st_eng', 'fra', True)
 
 
 def test_a_model_that_cannot_identify_languages():
