@@ -44,6 +44,9 @@ class Recognizer:
     ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
       attention decoder alone.
     search: how texts are searched for.
+
+  Attributes:
+    mixes: whether utterances of one batch may differ in their gates, or have none.
   """
 
   def __init__(
@@ -57,6 +60,7 @@ class Recognizer:
     search: Search = GREEDY,
   ):
     self._ctc_weight, self._binary, self.search = ctc_weight, execution != 'mask', search
+    self.mixes = execution in ('mask', 'bucketed') or not cfg.gates.enabled
     self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
     self.model, self.params = for_inference(
@@ -69,11 +73,6 @@ class Recognizer:
     vocabulary = decoding.Vocabulary(t.eos, allowed, languages)
     engine = programs.Staged if execution == 'static' else programs.Whole
     self._programs = engine(self.model, self.stats, vocabulary)
-
-  @property
-  def mixes(self) -> bool:
-    """Whether the utterances of a batch may differ in their gates, or there are none."""
-    return not self._binary or not self.cfg.gates.enabled
 
   @classmethod
   def load(

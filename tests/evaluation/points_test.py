@@ -15,6 +15,7 @@ from gatedfm import provenance
 from gatedfm.analysis import report
 from gatedfm.data import corpus
 from gatedfm.evaluation import points, quality, sweep
+from gatedfm.execution.decoding import Search
 from gatedfm.execution.recognizer import Recognizer
 
 TASKS = ('asr', 'lid', 'st_eng')
@@ -109,6 +110,8 @@ def test_an_evaluation_is_reused_while_it_is_fresh(gated, runs, monkeypatch):
   assert points.evaluate(runs / 'gated', 'validation', '') == result
   with pytest.raises(AssertionError, match='decodes again'):
     points.evaluate(runs / 'gated', 'validation', other, ctc_weight=0.9)
+  with pytest.raises(AssertionError, match='decodes again'):
+    points.evaluate(runs / 'gated', 'validation', other, search=Search(beam=2))
   with pytest.raises(AssertionError, match='decodes again'):
     points.evaluate(runs / 'gated', 'validation', other + '?')
   old = result | {'key': result['key'] | {'step': 1}}

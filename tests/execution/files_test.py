@@ -297,3 +297,20 @@ def test_the_command_goes_on_after_a_bad_file(gated_run, tone_data, stereo):
   for line in gates:
     pattern = gates_lib.parse_pattern(line.split('%')[1])
     assert f'open {pattern.open_fraction:.0%}' in line
+
+
+def test_the_command_times_words_by_ctc_alone(gated_run, tone_data):
+  arguments = ('--language=fr', '--ctc', '--beam=2', '--timestamps', tone_data / 'test1.wav')
+  start = lambda *more: tiny_run.start(
+    tone_data, 'transcribe', f'--checkpoint={gated_run}', *arguments, *more
+  )
+  good, bad = start('--maxlenratio=0.5'), start('--window=40')
+  out, _ = tiny_run.finish(good)
+  first, gates, *times = out.splitlines()
+  assert 'encoder/' in gates
+  assert 'decoder/' not in gates
+  rows = [line.split() for line in times]
+  assert ' '.join(row[2] for row in rows) == first.split('\t')[2]
+  assert all(0 <= float(start) <= float(end) for start, end, _ in rows)
+  _, err = tiny_run.finish(bad, code=1)
+  assert err == 'error: windows of 40 s: choose between 1 and 30.72 s\n'
