@@ -25,10 +25,14 @@ from jax import lax
 from gatedfm.execution import ctc_prefix
 from gatedfm.execution.decoding import Decoded, Request, Vocabulary, writable
 from gatedfm.models.decoder import LayerCache
-from gatedfm.models.speech import Encoded, SpeechModel
+from gatedfm.models.speech import Encoded, SpeechModel, decoder_gates
 
 # Log-probabilities `[B, K, V]` of the next token and the caches, after `(last_BxK, at, caches)`.
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# The caches after `at` tokens, of hypotheses that continue others: `(caches, parent_BxK, at)`.
+Follow = Callable[[Any, jax.Array, jax.Array], Any]
+
+_BLOCK = 32  # positions of a cache that follow their hypotheses at a time
 
 
 @flax.struct.dataclass
@@ -76,7 +80,8 @@ def jointly(
   """
   call = functools.partial(model.apply, {'params': params})
   k, p = x.search.beam, x.primer.shape[1]
-  caches = call(encoded, p + x.length, method='start')
+  block = min(_BLOCK, p + x.length)
+  caches = call(encoded, -(-(p + x.length) // block) * block, method='start')
   logits_BxPxV, caches = call(x.primer[:, :-1], 0, caches, encoded, method='step')
   cross = [cache.cross for cache in caches]
 
@@ -87,8 +92,23 @@ def jointly(
     logits_Bx1xV, caches = call(last_B[:, None], p - 1 + at, caches, encoded, method='step')
     return jax.nn.log_softmax(logits_Bx1xV[:, 0]), [cache.own for cache in caches]
 
+  gates = decoder_gates(encoded).get('self_attention', [True] * len(caches))
+
+  def follow(own: list, parent_BxK: jax.Array, at: jax.Array) -> list:
+    """Moves what is written of the layers that wrote."""
+
+    def move(i: jax.Array, cache: Any) -> Any:
+      part = lambda c: lax.dynamic_slice_in_dim(c, i * block, block, 3)
+      write = lambda c, new: lax.dynamic_update_slice_in_dim(c, new, i * block, 3)
+      moved = _rows(jax.tree.map(part, cache), parent_BxK.T, 0)
+      return jax.tree.map(write, cache, moved)
+
+    blocks = (p - 1 + at) // block + 1
+    bounds = [jnp.where(jnp.any(jnp.asarray(g) > 0), blocks, 0) for g in gates]
+    return [lax.fori_loop(0, n, move, cache) for n, cache in zip(bounds, own)]
+
   own = jax.tree.map(lambda c: jnp.repeat(c[None], k, 0), [cache.own for cache in caches])
-  ended = search(step, own, x.ctc_weight, ctc, x, vocabulary)
+  ended = search(step, follow, own, x.ctc_weight, ctc, x, vocabulary)
   return Decoded(
     ended.tokens[:, 0],
     ctc_prefix.best_path(ctc),
@@ -101,6 +121,7 @@ def jointly(
 
 def search(
   step: Step | None,
+  follow: Follow,
   caches: Any,
   ctc_weight: jax.Array,
   ctc: ctc_prefix.Frames,
@@ -114,8 +135,8 @@ def search(
   best text is thus what a search to the longest length gives; of the others there may be better.
 
   Args:
-    step: the decoder; None scores by CTC alone.
-    caches: what it starts with, hypotheses first.
+    step, follow: the decoder and its caches' way; no `step` scores by CTC alone.
+    caches: what it starts with.
     ctc_weight: of CTC beside the decoder, traced.
     ctc, x, vocabulary: see `decoding.greedy`.
   """
@@ -154,7 +175,7 @@ def search(
     else:
       same = lambda ctc, prefix, last_BxK, heard_BxK: prefix
       prefix = lax.cond(uses_ctc, extended, same, ctc, prefix, last_BxK, heard_BxK)
-    caches = jax.tree.map(lambda c: _rows(c, parent_BxK.T, 0), caches)
+    caches = follow(caches, parent_BxK, state.at)
     tokens_BxKxL = _rows(state.running.tokens, parent_BxK).at[:, :, state.at].set(last_BxK)
 
     at = state.at + 1

@@ -30,7 +30,7 @@ def alone(ctc: ctc_prefix.Frames, gates: Gates, x: Request, vocabulary: Vocabula
   path_BxS = ctc_prefix.best_path(ctc)
   if x.search.beam == 1:
     return Decoded(collapsed(path_BxS, x.length, vocabulary.eos), path_BxS, None, used)
-  found = beam.search(None, (), jnp.ones(()), ctc, x, vocabulary)
+  found = beam.search(None, lambda caches, *_: caches, (), jnp.ones(()), ctc, x, vocabulary)
   return Decoded(found.tokens[:, 0], path_BxS, None, used, found.tokens, found.score)
 
 

@@ -57,7 +57,9 @@ def search(lengths, options, weight=0.4, alone=False, count=None):
     none, none, none, none, none[:, None], np.int32(length), weight, None, length, options
   )
   memory = jnp.zeros((options.beam, b), jnp.int32)
-  run = lambda weight: beam.search(None if alone else step, memory, weight, ctc, x, WRITABLE)
+  follow = lambda memory, parent_BxK, at: jnp.take_along_axis(memory, parent_BxK.T, 0)
+  decoder = None if alone else step
+  run = lambda weight: beam.search(decoder, follow, memory, weight, ctc, x, WRITABLE)
   found = tiny_speech.jit(run)(np.float32(weight))
   jax.effects_barrier()
   return [
@@ -198,6 +200,15 @@ def test_lengths_are_espnets():
 
 
 # The real model, with caches.
+
+
+@pytest.fixture(autouse=True, scope='module')
+def small_blocks():
+  """So that these short texts take several."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(beam, '_BLOCK', 4)
+    yield
+
 
 LANGUAGES = ['fra', 'rus', 'rus']
 LENGTHS = np.array([64, 50, 33], np.int32)
