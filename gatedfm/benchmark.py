@@ -3,8 +3,9 @@
 Example:
   python -m gatedfm.benchmark --suite=encoder --model=6x256 --json=runs/encoder.json
 
-Prints a line per way and pattern; with --json writes all numbers and, beside them, a picture
-of time against the MACs that are kept.
+A stack alone, a training step of the encoder, whole utterances with their gates predicted, or a
+stream of mixed utterances. Prints a line per way and pattern; with --json writes all numbers and,
+beside them, a picture of time against the MACs that are kept.
 Programs are compiled anew each time, so that their seconds mean something.
 """
 
@@ -15,7 +16,7 @@ from absl import flags
 from gatedfm import mains
 
 _SUITE = flags.DEFINE_enum(
-  'suite', 'encoder', ['encoder', 'decoder', 'utterance', 'train'], 'What is timed.'
+  'suite', 'encoder', ['encoder', 'decoder', 'utterance', 'stream', 'train'], 'What is timed.'
 )
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
@@ -24,10 +25,13 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matr
 _BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
 _FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
 _TOKENS = flags.DEFINE_integer('tokens', 20, 'That the decoder writes, one by one.')
-_CONTEXTS = flags.DEFINE_integer('contexts', 1, 'Gate patterns within the batch.')
+_CONTEXTS = flags.DEFINE_integer(
+  'contexts', None, 'Gate patterns within the batch (1), or in the stream (8).'
+)
 _PRUNED = flags.DEFINE_list('pruned', ['0', '0.3', '0.5', '0.7'], 'Shares of modules closed.')
 _MASKS = flags.DEFINE_integer('masks', 3, 'Random patterns per share.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Times that each is run, side by side.')
+_UTTERANCES = flags.DEFINE_integer('utterances', 500, 'Of the stream.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of parameters, inputs and patterns.')
 _AGAINST = flags.DEFINE_enum(
   'against', '', ['', 'torch'], "What else is timed: ESPnet's modules with the same weights."
@@ -42,24 +46,36 @@ def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   from gatedfm import atomic, provenance
   from gatedfm.analysis import plots
-  from gatedfm.benchmarks import stacks
+  from gatedfm.benchmarks import stacks, traffic
   from gatedfm.models.speech_config import ConfigError
 
   with mains.clear_errors():
-    case = stacks.Case(
-      _SUITE.value,
-      stacks.model(_MODEL.value, _DTYPE.value),
-      _BATCH.value,
-      _FRAMES.value,
-      _TOKENS.value,
-      _CONTEXTS.value,
-      stacks.shares(_PRUNED.value),
-      _MASKS.value,
-      _ROUNDS.value,
-      _SEED.value,
-      _AGAINST.value,
-      tuple(_STACKS.value),
-    )
+    suite, model = _SUITE.value, stacks.model(_MODEL.value, _DTYPE.value)
+    pruned, rounds, seed = stacks.shares(_PRUNED.value), _ROUNDS.value, _SEED.value
+    if suite == 'stream':
+      contexts = 8 if _CONTEXTS.value is None else _CONTEXTS.value
+      kind, case = (
+        traffic,
+        traffic.Traffic(model, _UTTERANCES.value, contexts, pruned, rounds=rounds, seed=seed),
+      )
+    else:
+      kind, case = (
+        stacks,
+        stacks.Case(
+          suite,
+          model,
+          _BATCH.value,
+          _FRAMES.value,
+          _TOKENS.value,
+          1 if _CONTEXTS.value is None else _CONTEXTS.value,
+          pruned,
+          _MASKS.value,
+          rounds,
+          seed,
+          _AGAINST.value,
+          tuple(_STACKS.value),
+        ),
+      )
     case.validate()
     path = mains.folder(_JSON.value) if _JSON.value else None
     if path and path.suffix != '.json':
@@ -67,7 +83,7 @@ def main(argv: list[str]) -> None:
     for target in (path, path.with_suffix('.png')) if path else ():
       atomic.check(target)
     origin = provenance.collect('gatedfm.benchmark')  # of what runs, whatever is edited meanwhile
-    rows = stacks.run(case, print)
+    rows = kind.run(case, lambda line: print(line, flush=True))
     if path:
       result = origin | {'rows': rows}
       atomic.write_text(path, json.dumps(result, indent=1) + '\n')

@@ -24,6 +24,9 @@ _CTC = flags.DEFINE_bool('ctc', False, 'Write by CTC alone, without the attentio
 _CTC_WEIGHT = flags.DEFINE_float(
   'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
 )
+_EXECUTION = flags.DEFINE_string(
+  'execution', 'auto', 'How gates are executed, such as skip or compact; auto chooses and says why.'
+)
 _SEARCH = mains.define_search()
 _TIMESTAMPS = flags.DEFINE_bool('timestamps', False, 'Also say when each word is said.')
 _WINDOW = flags.DEFINE_float('window', 30.0, 'Seconds of audio taken at a time.')
@@ -33,7 +36,7 @@ flags.mark_flag_as_required('checkpoint')
 
 def main(argv: list[str]) -> None:
   if len(argv) < 2:
-    raise SystemExit('no audio files given; see --help')
+    raise SystemExit('error: no audio files given; see --help')
   mains.set_up()
   from gatedfm.execution import files, long_form
   from gatedfm.execution.recognizer import Recognizer
@@ -44,9 +47,10 @@ def main(argv: list[str]) -> None:
     search = _SEARCH(decoder=not _CTC.value)
     windows = long_form.Windows(_WINDOW.value, _OVERLAP.value)
     workdir = mains.folder(_CHECKPOINT.value)
-    recognizer = Recognizer.load(workdir, 'skip', _CTC_WEIGHT.value, search)
-    files.check(recognizer, task, language, _TIMESTAMPS.value)
     say = functools.partial(print, file=sys.stderr, flush=True)  # the results are on stdout
+    options = _EXECUTION.value, _CTC_WEIGHT.value, search
+    recognizer = Recognizer.load(workdir, *options, say=say)
+    files.check(recognizer, task, language, _TIMESTAMPS.value)
     how = _TIMESTAMPS.value, windows, say
     failed = 0
     for path in map(Path, argv[1:]):

@@ -89,14 +89,25 @@ def _biases(cfg: SpeechConfig, patterns: Sequence[Pattern]) -> Mapping[str, Any]
 def _run(
   tokens: int, model: SpeechModel, params: Any, mel_BxTxM: jax.Array, gates: Mapping | Gates
 ) -> dict[str, jax.Array]:
-  """Memory `[B, S, D]` and tokens `[B, L]`; `gates` are the predictors' biases or fixed."""
+  """`write` with all frames valid; `gates` are the predictors' biases or fixed."""
   fixed = gates if isinstance(gates, Gates) else None
   params = params if fixed else _merged(params, gates)
-  batch, frames = mel_BxTxM.shape[:2]
-  none = jnp.zeros(batch, jnp.int32)
+  frames_B = jnp.full(len(mel_BxTxM), mel_BxTxM.shape[1])
+  return write(tokens, model, params, mel_BxTxM, frames_B, fixed)
+
+
+def write(
+  tokens: int,
+  model: SpeechModel,
+  params: Any,
+  mel_BxTxM: jax.Array,
+  frames_B: jax.Array,
+  gates: Gates | None,
+) -> dict[str, jax.Array]:
+  """Memory `[B, S, D]` and L tokens `[B, L]`, which have no end, of normalised features."""
+  none = jnp.zeros(len(mel_BxTxM), jnp.int32)
   call = functools.partial(model.apply, {'params': params})
-  frames_B = jnp.full(batch, frames)
-  encoded = call(mel_BxTxM, frames_B, gating.Context(none, none), fixed, method='encode')
+  encoded = call(mel_BxTxM, frames_B, gating.Context(none, none), gates, method='encode')
   ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
   vocabulary = model.cfg.vocab_size
   never_ends = np.arange(vocabulary) > 0  # all but CTC's blank, and the end, which is the last
@@ -106,7 +117,7 @@ def _run(
     frames=frames_B,
     language=none,
     task=none,
-    primer=jnp.ones((batch, 3), jnp.int32),
+    primer=jnp.ones((len(mel_BxTxM), 3), jnp.int32),
     steps=jnp.int32(tokens),
     ctc_weight=jnp.float32(0.3),
     gates=None,

@@ -41,7 +41,7 @@ def choose(device: str, batch: int, patterns: int, saving: float, shared: bool =
   if saving == 0:
     return Choice('mask', 'no module is expected to be closed')
   if patterns == 1:
-    return Choice('static', 'one gate pattern: a program without what is closed')
+    return Choice('compact', 'one gate pattern: arrays and program without what is closed')
   if device not in MEASURED:
     return Choice('mask', f'branches were not measured on {device}; name an execution to use one')
   if batch == 1 or shared:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from gatedfm.gates import Pattern
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gatedfm import gates as gates_lib
+from gatedfm.gates import Gates, Pattern
 from gatedfm.models import stack
+from gatedfm.models.gate_predictor import GATE_MODULES
+from gatedfm.models.speech import SpeechModel
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.nn import gating
 
 
 def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
@@ -36,3 +44,30 @@ def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
         layers[f'{stack.PREFIX}{i}'] = {k: v for k, v in layer.items() if k != module}
     out[stack_name] = out[stack_name] | {'layers': layers}
   return out
+
+
+def without_predictors(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters without those of predictors, whose answer is known."""
+  return {k: v for k, v in params.items() if k not in GATE_MODULES}
+
+
+def fixed_pattern(model: SpeechModel, params: dict[str, Any]) -> Pattern:
+  """The pattern of a model whose predictors read nothing: it is the same for all utterances.
+
+  Raises:
+    ConfigError: a model whose gates follow the context, or that has none.
+  """
+  gates = model.cfg.gates
+  if not gates.enabled or gates.context or gates.scope == 'layer':
+    raise ConfigError(
+      'compact execution needs one gate pattern for all utterances, and this model '
+      + ('decides by context' if gates.enabled else 'has no gates')
+      + ": give a pattern, or use execution='skip'"
+    )
+  none, x = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1, model.cfg.d))
+  context = gating.Context(none, none)
+  decide = lambda m: {s: m.decide(s, x, jnp.ones((1, 1), bool), context) for s in gates.stacks}
+  decided = nn.apply(decide, model)({'params': params})
+  values = {f'{s}/{module}': g for s, own in decided.items() for module, g in own.items()}
+  sites = model.cfg.all_sites()
+  return gates_lib.pattern(gates_lib.completed(Gates(values), sites), sites)

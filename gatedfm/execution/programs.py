@@ -1,4 +1,4 @@
-"""The compiled programs behind a recognizer: one for all gates, or one per gate pattern.
+"""The compiled programs behind a recognizer: one for all gates, one per gate pattern, or per layer.
 
 Letters: B batch, T frames of 10 ms, S frames of 40 ms, M mel bands, D model, P primer tokens,
 V vocabulary.
@@ -20,6 +20,7 @@ from gatedfm import gates as gates_lib
 from gatedfm.data.features import FeatureStats
 from gatedfm.execution import alignment, beam, ctc_decoding, ctc_prefix, decoding
 from gatedfm.execution.decoding import Decoded, Request, Vocabulary
+from gatedfm.execution.layerwise import Layerwise
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import Encoded, SpeechModel
 from gatedfm.nn import gating
@@ -45,30 +46,56 @@ def write(
 
 
 class Whole:
-  """One program per shape, whatever the gates: under `mask` and under `skip`."""
+  """One program per shape, whatever the gates; or for one pattern, whatever the utterance.
 
-  def __init__(self, model: SpeechModel, stats: FeatureStats, vocabulary: Vocabulary):
-    self._model, self._stats, self._vocabulary = model, stats, vocabulary
+  Args:
+    model: unrolled, or with its encoder in one loop.
+    stats: normalisation of the features.
+    vocabulary: what may be written.
+    fixed: the gates of all utterances, known beforehand: what they close is not in the program.
+  """
+
+  def __init__(
+    self,
+    model: SpeechModel,
+    stats: FeatureStats,
+    vocabulary: Vocabulary,
+    fixed: Pattern | None = None,
+  ):
+    self._model, self._stats, self._vocabulary, self._fixed = model, stats, vocabulary, fixed
     self._programs = compiling.Programs(jax.jit(self._forward))
 
   def _forward(self, params: Any, x: Request) -> Decoded:
     call = functools.partial(self._model.apply, {'params': params})
     mel_BxTxM = (x.features - self._stats.mean) / self._stats.std
     context = gating.Context(x.language, x.task)
-    encoded = call(mel_BxTxM, x.frames, context, x.gates, method='encode')
+    gates = x.gates if self._fixed is None else self._fixed.fixed()
+    encoded = call(mel_BxTxM, x.frames, context, gates, method='encode')
     ctc = ctc_prefix.frames(call(encoded, method='ctc_logits'), encoded.mask)
-    return write(self._model, params, encoded, ctc, x, self._vocabulary)
+    out = write(self._model, params, encoded, ctc, x, self._vocabulary)
+    return out if self._fixed is None else out.replace(gates=Gates({}))
 
   def prepare(self, params: Any, x: Request) -> list[futures.Future]:
     """Starts compiling for requests like `x`: what to wait for."""
     return [self._programs.prepare(x.key, params, x)]
 
   def __call__(self, params: Any, x: Request) -> Decoded:
-    return self._programs(x.key, params, x)
+    """Decodes; raises ValueError for gates of the caller's where there is one pattern."""
+    if self._fixed is None:
+      return self._programs(x.key, params, x)
+    if x.gates is not None:
+      raise ValueError("compact execution has closed modules no longer: use execution='skip'")
+    return self._programs(x.key, params, x).replace(gates=_shown(self._fixed, len(x.frames)))
 
   def compiled(self) -> list[compiling.Programs]:
     """Everything compiled."""
     return [self._programs]
+
+
+def _shown(pattern: Pattern, batch: int) -> Gates:
+  """A pattern as the gates of a batch, `[N, B]`."""
+  each = lambda bits: np.repeat(np.array(bits, np.float32)[:, None], batch, 1)
+  return Gates({name: each(bits) for name, bits in pattern.sites})
 
 
 class Staged:
@@ -136,16 +163,18 @@ class Staged:
 
     def run(model: SpeechModel) -> tuple:
       memory_BxSxD, _ = model.encoder(heard_BxSxD, gates, mask_BxS, context, True)
-      encoded = Encoded(memory_BxSxD, mask_BxS, Gates({}))
-      decided = {}
-      if self._model.cfg.gates.decoder_reads == 'memory':
-        decided['decoder'] = self._decided(
-          'decoder', model.decide('decoder', memory_BxSxD, mask_BxS, context)
-        )
-      return memory_BxSxD, model.ctc_logits(encoded), decided
+      return memory_BxSxD, *self._heard(model, memory_BxSxD, mask_BxS, context)
 
-    memory_BxSxD, logits_BxSxV, decided = nn.apply(run, self._model)({'params': params})
-    return memory_BxSxD, ctc_prefix.frames(logits_BxSxV, mask_BxS), decided
+    return nn.apply(run, self._model)({'params': params})
+
+  def _heard(self, model, memory_BxSxD, mask_BxS, context) -> tuple:
+    """What CTC says of the memory, and what gates of the decoder are decided by it."""
+    logits_BxSxV = model.ctc_logits(Encoded(memory_BxSxD, mask_BxS, Gates({})))
+    decided = {}
+    if self._model.cfg.gates.decoder_reads == 'memory':
+      gates = model.decide('decoder', memory_BxSxD, mask_BxS, context)
+      decided['decoder'] = self._decided('decoder', gates)
+    return ctc_prefix.frames(logits_BxSxV, mask_BxS), decided
 
   def _decoding(
     self, params: Any, memory_BxSxD: jax.Array, ctc: ctc_prefix.Frames, x: Request, pattern: Pattern
@@ -180,19 +209,57 @@ class Staged:
     *heard, decided = self._listen(key, self._needed(params, *self._LISTEN), x)
     x = x.replace(features=None, frames=None)  # heard; no stage more takes them
     encoder = self._pattern('encoder', decided['encoder'], given)
-    mine = self._needed(params, 'encoder', 'ctc', 'decoder_gates')
-    memory_BxSxD, ctc, more = self._encode((key, encoder), mine, heard, x, pattern=encoder)
+    memory_BxSxD, ctc, more = self._run_encoder(key, params, heard, x, encoder)
     decoder, mine = Pattern(()), {}
     if x.search.decoder:
       decoder = self._pattern('decoder', (decided | more)['decoder'], given)
       mine = self._needed(params, 'decoder')
-    out = self._decode((key, decoder), mine, memory_BxSxD, ctc, x, pattern=decoder)
-    used = {
-      name: np.repeat(np.array(bits, np.float32)[:, None], batch, 1)
-      for name, bits in (*encoder.sites, *decoder.sites)
-    }
-    return out.replace(gates=Gates(used))
+    out = self._run_decoder(key, mine, memory_BxSxD, ctc, x, decoder)
+    return out.replace(gates=_shown(Pattern((*encoder.sites, *decoder.sites)), batch))
+
+  def _run_encoder(self, key, params, heard, x, pattern) -> tuple:
+    mine = self._needed(params, 'encoder', 'ctc', 'decoder_gates')
+    return self._encode((key, pattern), mine, heard, x, pattern=pattern)
+
+  def _run_decoder(self, key, params, memory_BxSxD, ctc, x, pattern) -> Decoded:
+    return self._decode((key, pattern), params, memory_BxSxD, ctc, x, pattern=pattern)
 
   def compiled(self) -> list[compiling.Programs]:
     """Everything compiled."""
     return [self._listen, self._encode, self._decode]
+
+
+class Layered(Staged):
+  """`Staged`, with the encoder layer by layer and a decoder that branches.
+
+  A handful of programs serves all patterns: the host chooses each layer's.
+  """
+
+  def __init__(self, model: SpeechModel, stats: FeatureStats, vocabulary: Vocabulary):
+    super().__init__(model, stats, vocabulary)
+    self._layers = Layerwise(model.cfg)
+    self._finish = compiling.Programs(jax.jit(self._finishing))
+    self._decode = compiling.Programs(jax.jit(self._branching))
+
+  def _finishing(self, params: Any, memory_BxSxD: jax.Array, mask_BxS: jax.Array, x: Request):
+    context = gating.Context(x.language, x.task)
+    run = lambda model: self._heard(model, memory_BxSxD, mask_BxS, context)
+    return nn.apply(run, self._model)({'params': params})
+
+  def _branching(
+    self, params: Any, memory_BxSxD: jax.Array, ctc: ctc_prefix.Frames, x: Request, gates: Gates
+  ) -> Decoded:
+    encoded = Encoded(memory_BxSxD, ctc.mask, gates)
+    return write(self._model, params, encoded, ctc, x, self._vocabulary)
+
+  def _run_encoder(self, key, params, heard, x, pattern) -> tuple:
+    memory_BxSxD = self._layers(params['encoder'], *heard, pattern)
+    mine = self._needed(params, 'ctc', 'decoder_gates')
+    return memory_BxSxD, *self._finish(key, mine, memory_BxSxD, heard[1], x)
+
+  def _run_decoder(self, key, params, memory_BxSxD, ctc, x, pattern) -> Decoded:
+    return self._decode(key, params, memory_BxSxD, ctc, x, pattern.to_gates())
+
+  def compiled(self) -> list[compiling.Programs]:
+    """Everything compiled."""
+    return [self._listen, *self._layers.compiled(), self._finish, self._decode]

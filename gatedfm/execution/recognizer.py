@@ -6,7 +6,7 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ import numpy as np
 
 from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.data.types import DataError
-from gatedfm.execution import ctc_decoding, decoding, programs, words
+from gatedfm.execution import auto, compact, ctc_decoding, decoding, programs, words
 from gatedfm.execution.decoding import GREEDY, Search
-from gatedfm.gates import Gates
+from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import for_inference
-from gatedfm.models.speech_config import SpeechConfig
+from gatedfm.models.speech_config import SpeechConfig, choice
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 
+EXECUTIONS = (
+  'mask', 'bucketed', 'skip', 'scanned', 'static', 'layerwise', 'compact'
+)  # fmt: skip
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 
 
@@ -37,13 +40,17 @@ class Recognizer:
     cfg: the model's configuration.
     params: its parameters, in the training layout.
     assets: tokenizer and feature statistics.
-    execution: `mask` for batches whose examples differ in their gates. For single utterances, or
-      gates that a batch shares: `skip`, one program that branches at each module, or `static`,
-      programs per gate pattern, compiled when a pattern is first met.
+    execution: one of `EXECUTIONS`. For batches whose examples differ in their gates: `mask`,
+      which computes everything, and `bucketed`, which gathers who opens a module. For single
+      utterances, or gates that a batch shares: `skip`, one program that branches at each module;
+      `scanned`, the same with the encoder's layers in one loop; `static`, programs per gate
+      pattern, compiled when a pattern is first met; `layerwise`, encoder layers called one by
+      one. For one pattern: `compact`, without the parameters that it closes.
     notimestamps: whether the model was trained with `<notimestamps>` in its primer.
     ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
       attention decoder alone.
     search: how texts are searched for.
+    pattern: of `compact`; None where the model's predictors read nothing and decide one.
 
   Attributes:
     mixes: whether utterances of one batch may differ in their gates, or have none.
@@ -58,21 +65,31 @@ class Recognizer:
     notimestamps: bool = False,
     ctc_weight: float = 0.3,
     search: Search = GREEDY,
+    pattern: Pattern | None = None,
   ):
-    self._ctc_weight, self._binary, self.search = ctc_weight, execution != 'mask', search
-    self.mixes = execution in ('mask', 'bucketed') or not cfg.gates.enabled
+    choice('execution', execution, EXECUTIONS)
+    mixing = ('mask', 'bucketed')
+    self._ctc_weight, self._binary, self.search = ctc_weight, execution not in mixing, search
+    self.mixes = execution in (*mixing, 'compact') or not cfg.gates.enabled
     self._suffix = ['<notimestamps>'] if notimestamps else []
     self.cfg, self.tokenizer, self.stats = cfg, assets.tokenizer, assets.stats
+    # How the model itself runs; `static` and `compact` fix its gates, of which no branch is left.
+    inner = {'scanned': 'skip', 'layerwise': 'skip', 'static': 'mask', 'compact': 'mask'}
     self.model, self.params = for_inference(
-      cfg, params, 'mask' if execution == 'static' else execution
+      cfg, params, inner.get(execution, execution), scan_encoder=execution == 'scanned'
     )
     t = self.tokenizer
     allowed = np.array([token[:1] != '<' for token in t.tokens])
     allowed[[t.blank, t.unk]], allowed[t.eos] = False, True
     languages = np.array([t.token_id(f'<{x}>') for x in t.languages])
     vocabulary = decoding.Vocabulary(t.eos, allowed, languages)
-    engine = programs.Staged if execution == 'static' else programs.Whole
-    self._programs = engine(self.model, self.stats, vocabulary)
+    engines = {'static': programs.Staged, 'layerwise': programs.Layered}
+    engine, options = engines.get(execution, programs.Whole), {}
+    if execution == 'compact':
+      pattern = pattern or compact.fixed_pattern(self.model, self.params)
+      self.params = compact.compact(compact.without_predictors(self.params), pattern)
+      options = {'fixed': pattern}
+    self._programs = engine(self.model, self.stats, vocabulary, **options)
 
   @classmethod
   def load(
@@ -81,14 +98,19 @@ class Recognizer:
     execution: str = 'mask',
     ctc_weight: float | None = None,
     search: Search = GREEDY,
+    batch: int = 1,
+    say: Callable[[str], None] = lambda line: None,
   ) -> Recognizer:
     """From the workdir of a training run: its newest checkpoint, configuration, assets.
 
     Args:
       workdir: of the run.
-      execution: see the class.
+      execution: see the class; or `auto`, chosen by device, batch, and the sparsity that the
+        gates were trained for (`auto.choose`).
       ctc_weight: None decodes with the weight that the model was trained with.
       search: see the class.
+      batch: utterances at a time, for `auto`.
+      say: is told what `auto` chose, and why.
 
     Raises:
       CheckpointError: the workdir holds no run, naming what is missing.
@@ -104,6 +126,13 @@ class Recognizer:
           f'model.{name} is {getattr(cfg.model, name)}; copy the folder of this run again'
         )
     params = jax.tree.map(jnp.asarray, checkpoints.load_params(workdir))
+    if execution == 'auto':
+      gates, device = cfg.model.gates, jax.default_backend()
+      saving = cfg.sparsity.target if gates.enabled else 0.0
+      fixed = gates.enabled and not gates.context and gates.scope != 'layer'
+      chosen = auto.choose(device, batch, 1 if fixed else 0, saving)
+      say(str(chosen))
+      execution = chosen.execution
     weight = cfg.ctc_weight if ctc_weight is None else ctc_weight
     return cls(cfg.model, params, assets, execution, cfg.data.notimestamps, weight, search)
 

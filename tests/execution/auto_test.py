@@ -15,13 +15,13 @@ BENCHMARKS = Path(__file__).parents[2] / 'configs' / 'gated_speech' / 'benchmark
   [
     (('cpu', 1, 0, 0.5), 'skip'),
     (('cpu', 1, 0, 0.05), 'mask'),
-    (('cpu', 1, 1, 0.05), 'static'),
+    (('cpu', 1, 1, 0.05), 'compact'),
     (('cpu', 8, 4, 0.5), 'bucketed'),
     (('cpu', 8, 4, 0.05), 'mask'),
     (('cpu', 8, 4, 0.5, True), 'skip'),
-    (('cpu', 8, 1, 0.5), 'static'),
+    (('cpu', 8, 1, 0.5), 'compact'),
     (('gpu', 1, 0, 0.5), 'mask'),
-    (('gpu', 1, 1, 0.5), 'static'),
+    (('gpu', 1, 1, 0.5), 'compact'),
     (('tpu', 1, 0, 0.0), 'mask'),
   ],
 )

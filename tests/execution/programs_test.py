@@ -13,8 +13,10 @@ import tiny_speech
 from gatedfm import gates as gates_lib
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.gates import Gates
+from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers import step
 
+OTHERS = ('scanned', 'layerwise', 'bucketed')
 LANGUAGES = ['fra', 'rus', 'rus']
 
 
@@ -34,6 +36,11 @@ def make(tone_data, assets, executions=('skip', 'static'), **changes):
       mlp = params[name]['mlp']
       mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
   return [Recognizer(cfg, params, assets, x, ctc_weight=0.5) for x in executions]
+
+
+@pytest.fixture(scope='module')
+def others(tone_data, assets, fast_compilation):
+  return dict(zip(OTHERS, make(tone_data, assets, OTHERS)))
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +75,54 @@ def check(skip, static):
 
 def test_static_writes_what_skip_writes(pair):
   assert len(check(*pair)) > 2
+
+
+@pytest.mark.parametrize('execution', OTHERS)
+def test_every_execution_writes_what_skip_writes(pair, others, execution):
+  assert len(check(pair[0], others[execution])) > 2
+  one = gates_lib.all_open(pair[0].cfg.all_sites())
+  for gates in (one, jax.tree.map(jnp.zeros_like, one), tiny_speech.random_gates(pair[0].cfg, 3)):
+    a, b = (r(*features(0), 'asr', ['fra'], gates) for r in (pair[0], others[execution]))
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.ctc, b.ctc)
+
+
+def test_bucketed_batches_mix_what_others_refuse(pair, others):
+  mel, frames = (np.concatenate(x) for x in zip(*map(features, range(3))))
+  together = others['bucketed'](mel, frames, 'asr', LANGUAGES)
+  for b in range(3):
+    alone = pair[0](*features(b), 'asr', [LANGUAGES[b]])
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[b])
+  with pytest.raises(ValueError, match="skip needs one gate .* execution='bucketed'"):
+    pair[0](mel, frames, 'asr', LANGUAGES)
+
+
+def test_compact_writes_what_skip_writes_with_fewer_parameters(tone_data, assets, fast_compilation):
+  skip, compact = make(tone_data, assets, ('skip', 'compact'), context=())
+  for b, task in itertools.product(range(2), ('asr', 'lid')):
+    a, c = (r(*features(b), task, [LANGUAGES[b]]) for r in (skip, compact))
+    assert_same(a, c)
+  size = lambda r: sum(x.size for x in jax.tree.leaves(r.params))
+  pattern = gates_lib.pattern(a.gates, skip.cfg.all_sites())
+  assert 0 < pattern.open_fraction < 1
+  assert size(compact) < size(skip)
+  with pytest.raises(ValueError, match='has closed modules no longer'):
+    compact(*features(0), 'asr', ['fra'], a.gates)
+
+
+def test_compact_takes_a_pattern_and_else_needs_one(tone_data, assets, pair):
+  cfg, params = pair[0].cfg, step.nn.unbox(step.init_params(pair[0].cfg, jax.random.key(0)))
+  everything = gates_lib.all_open(cfg.all_sites())
+  pattern = gates_lib.pattern(everything, cfg.all_sites())
+  given = Recognizer(cfg, params, assets, 'compact', pattern=pattern)
+  skip = Recognizer(cfg, params, assets, 'skip')
+  a, b = given(*features(0), 'asr', ['fra']), skip(*features(0), 'asr', ['fra'], everything)
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_array_equal(a.ctc, b.ctc)
+  with pytest.raises(ConfigError, match='this model decides by context'):
+    Recognizer(cfg, params, assets, 'compact')
+  with pytest.raises(ConfigError, match="execution is 'sparse'; choose one of mask, bucketed"):
+    Recognizer(cfg, params, assets, 'sparse')
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import tiny_speech
 from gatedfm.data.types import DataError
 from gatedfm.execution import ctc_prefix, decoding
 from gatedfm.execution import recognizer as recognizer_lib
+from gatedfm.execution.auto import choose
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech import SpeechModel
 from gatedfm.nn import gating
@@ -274,6 +275,13 @@ def test_loading_a_run(gated_run, tmp_path):
   assert loaded.tokenizer.languages == ('eng', 'fra', 'rus')
   assert loaded._ctc_weight == tiny_run.dense('').ctc_weight
   assert Recognizer.load(gated_run, 'skip', 0.9)._ctc_weight == 0.9
+  said = []
+  auto = Recognizer.load(gated_run, 'auto', say=said.append)
+  target = config_lib.from_dict(
+    config_lib.TrainConfig, json.loads((gated_run / 'config.json').read_text())
+  ).sparsity.target
+  assert auto.mixes == (target < 0.1)
+  assert said == [str(choose('cpu', 1, 0, target))]
   with pytest.raises(ValueError, match='has no config.json; give the workdir of a training run'):
     Recognizer.load(tmp_path)
 
