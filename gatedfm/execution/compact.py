@@ -6,13 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from gatedfm import gates as gates_lib
-from gatedfm.gates import Gates, Pattern
+from gatedfm.gates import Gates, Pattern, Site
 from gatedfm.models import stack
 from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.models.speech import SpeechModel
-from gatedfm.models.speech_config import ConfigError
+from gatedfm.models.speech_config import ConfigError, SpeechConfig
 from gatedfm.nn import gating
 
 
@@ -43,6 +44,59 @@ def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
       if not is_open:
         layers[f'{stack.PREFIX}{i}'] = {k: v for k, v in layer.items() if k != module}
     out[stack_name] = out[stack_name] | {'layers': layers}
+  return out
+
+
+# Projections of a module's attention or FFN, and the axis along which its units lie.
+_ALONG = {
+  'head': {'query': 1, 'key': 1, 'value': 1, 'out': 0},
+  'channel': {'w_1': 1, 'w_2': 0},
+}
+
+
+def compact_units(params: dict[str, Any], gates: Gates, cfg: SpeechConfig) -> dict[str, Any]:
+  """The parameters without those of closed heads and hidden channels.
+
+  A layer keeps as many as are open, each its own number. The model runs with them as it is.
+
+  Args:
+    params: unrolled; modules that are gone stay so.
+    gates: 0 or 1, `[N, U]`, for any of `cfg.unit_sites()` and no other site.
+    cfg: of the model.
+
+  Raises:
+    ValueError: an unknown site, another shape, or a gate between open and closed.
+  """
+  sites = {s.name: s for s in cfg.unit_sites()}
+  named = [sites[name] for name in gates.values if name in sites]
+  gates_lib.validate(gates, named)
+  out = dict(params)
+  for site in named:
+    open_NxU = np.broadcast_to(np.asarray(gates[site.name]), (site.layers, site.units))
+    if ((open_NxU != 0) & (open_NxU != 1)).any():
+      raise ValueError(f'gates of {site.name} lie between open and closed: multiply by them')
+    module = site.module.rsplit('_', 1)[0]
+    inner = 'attention' if site.unit == 'head' else 'ffn'
+    layers = dict(out[site.stack]['layers'])
+    for i, open_U in enumerate(open_NxU):
+      layer = layers[f'{stack.PREFIX}{i}']
+      if module in layer:
+        kept = {inner: _narrowed(layer[module][inner], site, np.flatnonzero(open_U))}
+        layers[f'{stack.PREFIX}{i}'] = layer | {module: layer[module] | kept}
+    out[site.stack] = out[site.stack] | {'layers': layers}
+  return out
+
+
+def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str, Any]:
+  """An attention's or FFN's projections with the units that are kept."""
+  out = dict(params)
+  for name, axis in _ALONG[site.unit].items():
+    linear = params[name]
+    width = linear['kernel'].shape[axis] // site.units  # of a head
+    columns = (kept[:, None] * width + np.arange(width)).ravel()
+    out[name] = linear | {'kernel': jnp.take(linear['kernel'], columns, axis)}
+    if axis == 1:
+      out[name]['bias'] = linear['bias'][columns]
   return out
 
 

@@ -40,29 +40,49 @@ class DecoderAttention(nn.Module):
     self.drop = nn.Dropout(cfg.dropout)
 
   def __call__(
-    self, x: jax.Array, memory: jax.Array | None, mask: jax.Array, deterministic: bool
+    self,
+    x: jax.Array,
+    memory: jax.Array | None,
+    mask: jax.Array,
+    deterministic: bool,
+    heads: jax.Array | None = None,
   ) -> jax.Array:
     """Self-attention where `memory` is None, else cross-attention to it."""
     y = self.norm(x)
     kv = self.attention.project(y if memory is None else memory)
-    return self.drop(self.attention.attend(y, kv, mask, deterministic), deterministic)
+    return self.drop(self.attention.attend(y, kv, mask, deterministic, heads), deterministic)
 
   def project(self, memory: jax.Array) -> attention.KeyValue:
     """Keys and values of the encoder's output, once per utterance."""
     return self.attention.project(memory)
 
   def extend(
-    self, x: jax.Array, cache: attention.KeyValue, position: jax.Array
+    self,
+    x: jax.Array,
+    cache: attention.KeyValue,
+    position: jax.Array,
+    heads: jax.Array | None = None,
   ) -> tuple[jax.Array, attention.KeyValue]:
     """Cached self-attention of the tokens from `position` on: x `[B, P, D]`."""
     y = self.norm(x)
     cache = attention.update_cache(cache, self.attention.project(y), position)
     seen = jnp.arange(cache.key.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
-    return self.attention.attend(y, cache, seen), cache
+    return self.attention.attend(y, cache, seen, heads=heads), cache
 
-  def read(self, x: jax.Array, kv: attention.KeyValue, mask: jax.Array) -> jax.Array:
+  def read(
+    self,
+    x: jax.Array,
+    kv: attention.KeyValue,
+    mask: jax.Array,
+    heads: jax.Array | None = None,
+  ) -> jax.Array:
     """Cross-attention to projected keys and values."""
-    return self.attention.attend(self.norm(x), kv, mask)
+    return self.attention.attend(self.norm(x), kv, mask, heads=heads)
+
+  def empty(self, batch: int, length: int, dtype: layers.Dtype) -> attention.KeyValue:
+    """A cache of `length` positions."""
+    heads, width = self.attention.kept_heads(), self.cfg.d // self.cfg.heads
+    return attention.empty_cache(batch, length, heads, width, dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -90,25 +110,29 @@ class DecoderLayer(nn.Module):
     )
     causal = attention.causal_mask(x.shape[1])
     seen = memory_mask_BxS[:, None, None, :]
-    x = add(x, 'self_attention', self.self_attention, None, causal, deterministic)
-    x = add(x, 'cross_attention', self.cross_attention, memory_BxSxD, seen, deterministic)
-    x = add(x, 'ffn', self.ffn, deterministic)
+    own, cross, channels = self._units(gates)
+    x = add(x, 'self_attention', self.self_attention, None, causal, deterministic, own)
+    x = add(x, 'cross_attention', self.cross_attention, memory_BxSxD, seen, deterministic, cross)
+    x = add(x, 'ffn', self.ffn, deterministic, channels)
     return constrain(x, 'batch', 'time', 'act_embed'), gates
+
+  def _units(self, gates: Gates) -> tuple[jax.Array | None, ...]:
+    """Gates of both attentions' heads and the FFN's channels."""
+    names = 'self_attention_heads', 'cross_attention_heads', 'ffn_channels'
+    return tuple(gating.unit_gates(gates, name) for name in names)
 
   def start(self, memory_BxSxD: jax.Array, gates: Gates, length: int) -> LayerCache:
     """An empty cache for `length` tokens, and the memory's keys and values."""
-    cfg = self.cfg
-    b, s, _ = memory_BxSxD.shape
-    empty = lambda n: attention.empty_cache(b, n, cfg.heads, cfg.d // cfg.heads, memory_BxSxD.dtype)
+    (b, s, _), dtype = memory_BxSxD.shape, memory_BxSxD.dtype
     cross = gating.under_gate(
-      cfg.execution,
+      self.cfg.execution,
       gates.get('cross_attention'),
       self.cross_attention,
       lambda m, memory: m.project(memory),
-      lambda m, memory: empty(s),
+      lambda m, memory: m.empty(b, s, dtype),
       memory_BxSxD,
     )
-    return LayerCache(empty(length), cross)
+    return LayerCache(self.self_attention.empty(b, length, dtype), cross)
 
   def step(
     self,
@@ -121,23 +145,24 @@ class DecoderLayer(nn.Module):
     """Tokens from `position` on, x `[B, P, D]`. A closed gate leaves the cache untouched."""
     mode, seen = self.cfg.execution, memory_mask_BxS[:, None, None, :]
     own_gate, cross_gate = gates.get('self_attention'), gates.get('cross_attention')
+    own_heads, cross_heads, channels = self._units(gates)
 
-    def extend(m: DecoderAttention, x: jax.Array, own: attention.KeyValue, *at: Any) -> tuple:
-      y, own = m.extend(x, own, at[0])
-      return x + gating.scale(mode, at[1], y), own
+    def extend(m: DecoderAttention, x: jax.Array, own: attention.KeyValue, gate: Any, *at: Any):
+      y, own = m.extend(x, own, *at)
+      return x + gating.scale(mode, gate, y), own
 
     def read(m: DecoderAttention, x: jax.Array, gate: Any, *memory: Any) -> jax.Array:
       return x + gating.scale(mode, gate, m.read(x, *memory))
 
-    keep = lambda m, x, own, *at: (x, own)
+    keep, at = lambda m, x, own, *rest: (x, own), (position, own_heads)
     x, own = gating.under_gate(
-      mode, own_gate, self.self_attention, extend, keep, x, cache.own, position, own_gate
+      mode, own_gate, self.self_attention, extend, keep, x, cache.own, own_gate, *at
     )
-    pass_by = lambda m, x, *rest: x
+    pass_by, memory = lambda m, x, *rest: x, (cache.cross, seen, cross_heads)
     x = gating.under_gate(
-      mode, cross_gate, self.cross_attention, read, pass_by, x, cross_gate, cache.cross, seen
+      mode, cross_gate, self.cross_attention, read, pass_by, x, cross_gate, *memory
     )
-    x = gating.add_gated(mode, gates.get('ffn'), self.ffn, x, x, True)
+    x = gating.add_gated(mode, gates.get('ffn'), self.ffn, x, x, True, channels)
     return x, LayerCache(own, cache.cross)
 
 

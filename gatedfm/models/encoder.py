@@ -11,6 +11,7 @@ ESPnet's merge emits even for m = 0, is added whatever the gates say.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -37,12 +38,14 @@ class FfnBranch(nn.Module):
   dtype: layers.Dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, deterministic: bool, channels: jax.Array | None = None
+  ) -> jax.Array:
     y = layers.LayerNorm(name='norm')(x)
     ffn = layers.FeedForward(
       self.hidden, ACTIVATIONS[self.activation], self.dropout, self.dtype, name='ffn'
     )
-    return self.scale * nn.Dropout(self.dropout)(ffn(y, deterministic), deterministic)
+    return self.scale * nn.Dropout(self.dropout)(ffn(y, deterministic, channels), deterministic)
 
 
 class MergeHalf(nn.Module):
@@ -98,8 +101,9 @@ class AttentionBranch(nn.Module):
     mask_BxT: jax.Array,
     conv_mask: jax.Array | None,
     deterministic: bool,
+    heads: jax.Array | None = None,
   ) -> jax.Array:
-    y = self.attention(self.norm(x), mask_BxT[:, None, None, :], deterministic)
+    y = self.attention(self.norm(x), mask_BxT[:, None, None, :], deterministic, heads)
     y = self.drop(y, deterministic)
     return self.merge(y, conv_mask) if self.merged else y
 
@@ -158,23 +162,25 @@ class EncoderLayer(nn.Module):
     ffn = lambda name, activation, scale: FfnBranch(
       cfg.encoder_ffn, activation, scale, cfg.dropout, dtype, name=name
     )
+    units = functools.partial(gating.unit_gates, gates)
+    heads = units('attention_heads')
     if cfg.encoder == 'transformer':
       attend = AttentionBranch(cfg, merged=False, name='attention')
-      x = add(x, 'attention', attend, x, mask_BxT, conv_mask, deterministic)
-      x = add(x, 'ffn', ffn('ffn', 'relu', 1.0), x, deterministic)
+      x = add(x, 'attention', attend, x, mask_BxT, conv_mask, deterministic, heads)
+      x = add(x, 'ffn', ffn('ffn', 'relu', 1.0), x, deterministic, units('ffn_channels'))
       return constrain(x, 'batch', 'time', 'act_embed'), gates
 
-    x = add(x, 'ffn1', ffn('ffn1', 'swish', 0.5), x, deterministic)
+    x = add(x, 'ffn1', ffn('ffn1', 'swish', 0.5), x, deterministic, units('ffn1_channels'))
     attend = AttentionBranch(cfg, merged=True, name='attention')
     convolve = CgMlpBranch(cfg, name='cgmlp')
     bias = layers.param(self, 'merge_bias', nn.initializers.zeros, ('small',), (cfg.d,))
     if not cfg.merge_folded:
       bias = bias + attend.merge_constant() + convolve.merge_constant()
     merged = jnp.broadcast_to(bias.astype(x.dtype), x.shape)
-    merged = add(merged, 'attention', attend, x, mask_BxT, conv_mask, deterministic)
+    merged = add(merged, 'attention', attend, x, mask_BxT, conv_mask, deterministic, heads)
     merged = add(merged, 'cgmlp', convolve, x, conv_mask, deterministic)
     x = x + nn.Dropout(cfg.dropout)(merged, deterministic)
-    x = add(x, 'ffn2', ffn('ffn2', 'swish', 0.5), x, deterministic)
+    x = add(x, 'ffn2', ffn('ffn2', 'swish', 0.5), x, deterministic, units('ffn2_channels'))
     x = layers.LayerNorm(name='norm_final')(x)
     return constrain(x, 'batch', 'time', 'act_embed'), gates
 

@@ -90,8 +90,10 @@ class SpeechModel(nn.Module):
       features_BxTxM: normalised log-mel, anything beyond `frames_B` is ignored.
       frames_B: valid frames per example.
       context: language, task and how gates are decided.
-      gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site. Sites that
-        it does not name are open; under `skip`, so is any gate above 0.
+      gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site, and `[N, U]` or
+        `[N, B, U]` per site of heads or channels (`cfg.unit_sites()`), which are multiplied by,
+        whatever the execution. Sites that it does not name are open; under `skip`, so is any
+        gate of a module above 0.
       deterministic: False turns dropout on.
 
     Raises:
@@ -144,6 +146,7 @@ class SpeechModel(nn.Module):
     if gates is None:
       return {'encoder': {}, 'decoder': {}}
     sites = self.cfg.all_sites()
+    sites += tuple(s for s in self.cfg.unit_sites() if s.name in gates.values)
     whole = gates_lib.completed(gates, sites)
     return {s: whole.stack(s, sites) for s in ('encoder', 'decoder')}
 

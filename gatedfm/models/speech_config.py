@@ -168,6 +168,18 @@ class SpeechConfig:
       + [gates_lib.Site(f'decoder/{m}', self.decoder_layers) for m in DECODER_MODULES]
     )
 
+  def unit_sites(self) -> tuple[gates_lib.Site, ...]:
+    """What inside the modules may be gated by the caller: attention heads, hidden channels."""
+    hidden = {'encoder': self.encoder_ffn, 'decoder': self.decoder_ffn}
+    out = []
+    for site in self.all_sites():
+      if site.module.endswith('attention'):
+        out.append(gates_lib.Site(f'{site.name}_heads', site.layers, 'head', self.heads))
+      elif site.module.startswith('ffn'):
+        width = hidden[site.stack]
+        out.append(gates_lib.Site(f'{site.name}_channels', site.layers, 'channel', width))
+    return tuple(out)
+
   def predicts(self, stack: str) -> bool:
     """Whether a predictor decides this stack's gates."""
     return self.gates.enabled and stack in self.gates.stacks

@@ -50,7 +50,13 @@ class Attention(nn.Module):
     self.drop = nn.Dropout(self.dropout)
 
   def _split(self, x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-1], self.heads, self.features // self.heads)
+    width = self.features // self.heads  # of compacted projections fewer heads are left
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
+
+  def kept_heads(self) -> int:
+    """H, or as many as compaction has left."""
+    kernel = self.key.get_variable('params', 'kernel')
+    return self.heads if kernel is None else kernel.shape[-1] // (self.features // self.heads)
 
   def project(self, memory_BxSxD: jax.Array) -> KeyValue:
     """Keys and values of `memory`, `[B, H, S, K]` each."""
@@ -63,6 +69,7 @@ class Attention(nn.Module):
     kv: KeyValue,
     mask: jax.Array | None,
     deterministic: bool = True,
+    heads: jax.Array | None = None,
   ) -> jax.Array:
     """Attends from `x` to `kv`.
 
@@ -71,6 +78,7 @@ class Attention(nn.Module):
       kv: what `project` gave (or a cache of it).
       mask: bool, True where a key may be seen, broadcastable to `[B, H, T, S]`.
       deterministic: False applies dropout to the attention weights.
+      heads: gates of the heads, `[1 or B, H]`.
 
     Returns: `[B, T, D]`.
     """
@@ -85,13 +93,20 @@ class Attention(nn.Module):
     y_BxTxHxK = jnp.einsum(
       'bhts,bhsk->bthk', weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
     )
-    return self.out(y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], self.features).astype(x_BxTxD.dtype))
+    if heads is not None:
+      y_BxTxHxK = y_BxTxHxK * heads[:, None, :, None]
+    y_BxTxF = y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], y_BxTxHxK.shape[2] * y_BxTxHxK.shape[3])
+    return self.out(y_BxTxF.astype(x_BxTxD.dtype))
 
   def __call__(
-    self, x_BxTxD: jax.Array, mask: jax.Array | None, deterministic: bool = True
+    self,
+    x_BxTxD: jax.Array,
+    mask: jax.Array | None,
+    deterministic: bool = True,
+    heads: jax.Array | None = None,
   ) -> jax.Array:
     """Self-attention, `[B, T, D] -> [B, T, D]`."""
-    return self.attend(x_BxTxD, self.project(x_BxTxD), mask, deterministic)
+    return self.attend(x_BxTxD, self.project(x_BxTxD), mask, deterministic, heads)
 
 
 def empty_cache(batch: int, length: int, heads: int, width: int, dtype: layers.Dtype) -> KeyValue:

@@ -5,7 +5,7 @@ Letters: B batch, N layers, M modules of a stack, E context width, D model width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -54,6 +54,11 @@ def _refuse(axis_size: int, batched: list[bool], gate: jax.Array) -> tuple[jax.A
       "each example: group examples by gate pattern, use jax.lax.map, or execution='mask'"
     )
   return gate > 0, False
+
+
+def unit_gates(gates: Mapping[str, jax.Array], name: str) -> jax.Array | None:
+  """Gates of a layer's heads or channels, `[1 or B, U]`; None where the site is not gated."""
+  return jnp.atleast_2d(gates[name]) if name in gates else None
 
 
 def under_gate(

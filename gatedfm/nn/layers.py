@@ -6,6 +6,7 @@ Letters: B batch, T time (frames or tokens), D model, F hidden, C channels, K ke
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +42,13 @@ def param(
   axes: Sequence[str | None],
   shape: Sequence[int],
 ) -> jax.Array:
-  """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed`."""
-  if isinstance(given := module.get_variable('params', name), Indexed):
+  """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed`.
+
+  Heads and hidden channels may have been compacted: along their axes what is given may be
+  narrower than `shape`.
+  """
+  given = module.get_variable('params', name)
+  if isinstance(given, Indexed) or _compacted(given, axes, shape):
     return given
   # Flax wants each name once; further small axes are replicated all the same.
   named = tuple(None if a in axes[:i] else a for i, a in enumerate(axes))
@@ -63,6 +69,16 @@ def dot(x: jax.Array, w: jax.Array | Indexed, dtype: Dtype) -> jax.Array:
   return _differentiable_dot(x, w.take() if isinstance(w, Indexed) else w, dtype)
 
 
+def _compacted(given: Any, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
+  """Whether an array is `shape` but for fewer heads or hidden channels."""
+  if not isinstance(given, jax.Array) or given.ndim != len(shape) or given.shape == tuple(shape):
+    return False
+  return all(
+    left == size or (axis in ('heads', 'mlp') and left < size)
+    for left, axis, size in zip(given.shape, axes, shape)
+  )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _differentiable_dot(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
   return _dot(x, w, dtype, x.dtype)
@@ -78,7 +94,7 @@ def reads_float32(rows: int) -> bool:
 
 
 def _dot(x: jax.Array, w: jax.Array, dtype: Dtype, out: Dtype) -> jax.Array:
-  if w.dtype == jnp.float32 and reads_float32(x.size // x.shape[-1]):
+  if w.dtype == jnp.float32 and reads_float32(math.prod(x.shape[:-1])):
     dtype = jnp.float32
   y = jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
   return y.astype(out)
@@ -142,7 +158,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = param(self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features))
-    bias = param(self, 'bias', nn.initializers.zeros, ('small',), (self.features,))
+    width = self.features if isinstance(kernel, Indexed) else kernel.shape[-1]
+    bias = param(self, 'bias', nn.initializers.zeros, ('small',), (width,))
     return dot(x, kernel, self.dtype) + bias.astype(x.dtype)
 
 
@@ -167,10 +184,15 @@ class FeedForward(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, deterministic: bool = True) -> jax.Array:
+  def __call__(
+    self, x_BxTxD: jax.Array, deterministic: bool = True, channels: jax.Array | None = None
+  ) -> jax.Array:
+    """With `channels`, gates of the hidden channels, `[1 or B, F]`."""
     d = x_BxTxD.shape[-1]
     h_BxTxF = Linear(self.hidden, ('embed', 'mlp'), self.dtype, name='w_1')(x_BxTxD)
     h_BxTxF = self.activation(h_BxTxF)
+    if channels is not None:
+      h_BxTxF = h_BxTxF * channels[:, None].astype(h_BxTxF.dtype)
     h_BxTxF = nn.Dropout(self.dropout)(h_BxTxF, deterministic)
     return Linear(d, ('mlp', 'embed'), self.dtype, name='w_2')(h_BxTxF)
 
