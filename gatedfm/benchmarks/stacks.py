@@ -189,13 +189,14 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
     `pattern` (of each context), `macs_kept` (k), `ratio` (of the rounds' times over dense,
     quartiles), `seconds` and `dense_seconds` (quartiles), `bound`, `compile_seconds`,
     `temp_bytes`, `roofline` (operations per second over those of a large matrix product) and
-    `difference`, the largest from what `mask` gives; then those of `torch_peer.rows`.
+    `difference`, the largest from what `mask` gives; then those of `torch_peer.rows`, or
+    that of `utterance.predictors`.
 
   Raises:
     ConfigError: a case that cannot be timed.
   """
   case.validate()
-  x, params, timed = _make(case)
+  cfg, params, x, timed = _make(case)
   peers = _peers(case, params, x)
   peak, rows = peak_flops(case.model.dtype), []
   for patterns in _draws(case):
@@ -214,21 +215,24 @@ def run(case: Case, say: Callable[[str], None] = lambda line: None) -> list[dict
       for row in torch_peer.rows(case.suite, about, seconds, differences):
         rows.append(row)
         say(torch_peer.describe(row))
+  if case.suite == 'utterance':
+    rows.append(utterance.predictors(cfg, params, x, case.rounds))
+    say(utterance.describe(rows[-1]))
   return rows
 
 
-def _make(case: Case) -> tuple[jax.Array, Any, dict[str, ways.Way]]:
-  """Random input and parameters, and what runs them."""
+def _make(case: Case) -> tuple[SpeechConfig, Any, jax.Array, dict[str, ways.Way]]:
+  """The model's configuration, random parameters and input, and what runs them."""
   cfg, key = case.model, jax.random.key(case.seed)
   if case.suite == 'utterance':
     cfg = utterance.gated(cfg, case.stacks)
     params = nn.unbox(step.init_params(cfg, key))
     mel_BxTxM = jax.random.normal(key, (case.batch, _audio_frames(case), cfg.mels))
-    return mel_BxTxM, params, utterance.make(cfg, params, mel_BxTxM, case.tokens)
+    return cfg, params, mel_BxTxM, utterance.make(cfg, params, mel_BxTxM, case.tokens)
   shape, dtype = (case.batch, case.frames, cfg.d), jnp.dtype(cfg.activation_dtype)
   x_BxSxD, params = jax.random.normal(key, shape, dtype), nn.unbox(step.init_params(cfg, key))
   timed = ways.make(case.suite, cfg, params, x_BxSxD, case.tokens, case.contexts)
-  return x_BxSxD, params, timed
+  return cfg, params, x_BxSxD, timed
 
 
 def _peers(case: Case, params: Any, x_BxSxD: jax.Array) -> dict[str, Callable]:

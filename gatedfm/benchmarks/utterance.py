@@ -12,19 +12,24 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gatedfm import clock
 from gatedfm.benchmarks import ways
 from gatedfm.execution import ctc_prefix, decoding
 from gatedfm.gates import Gates, Pattern
+from gatedfm.models import speech_costs
 from gatedfm.models.speech import SpeechModel, for_inference
 from gatedfm.models.speech_config import GateConfig, SpeechConfig
 from gatedfm.nn import gating
 
 WAYS = ('mask', 'skip', 'scanned', 'static')
 PREDICTORS = {'encoder': 'encoder_gates', 'decoder': 'decoder_gates'}
+PREDICTORS_BOUND = 0.01  # of the encoder's time
+REPEATS = 100  # of predictors' calls
 CERTAIN = 10.0  # log-odds of a decision
 
 
@@ -64,6 +69,58 @@ def make(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, tokens: int) -> d
     'scanned': traced('skip', scanned),
     'static': ways.Static(forward, (SpeechModel(plain), own), mel_BxTxM, Pattern.fixed),
   }
+
+
+def predictors(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, rounds: int) -> dict[str, Any]:
+  """What it takes to decide, alone: a row whose `dense_seconds` are the dense encoder's.
+
+  Called many times at a stretch, for a single call is too short to be told from waking up. An
+  upper bound all the same: inside of a larger program there is no call of its own to pay for.
+
+  Args:
+    cfg, params, mel_BxTxM: see `make`.
+    rounds: side by side.
+  """
+  model, params = for_inference(cfg, params)
+  frames_B, none = jnp.full(len(mel_BxTxM), mel_BxTxM.shape[1]), jnp.zeros(len(mel_BxTxM), int)
+  own = {name: params[name] for name in PREDICTORS.values() if name in params}
+  x_BxSxD, mask_BxS = model.apply({'params': params}, mel_BxTxM, frames_B, method='listen')
+
+  def decide(own: Any, x_BxSxD: jax.Array) -> Any:
+    run = lambda m: [
+      m.decide(stack, x_BxSxD, mask_BxS, gating.Context(none, none)) for stack in cfg.gates.stacks
+    ]
+    return nn.apply(run, model)({'params': own})
+
+  encoder = {'encoder': params['encoder']}
+  encode = jax.jit(functools.partial(ways.encode, model, gates={}))
+  decide = jax.jit(decide)
+  calls = {
+    'dense': lambda: encode(encoder, x_BxSxD),
+    'predictors': lambda: [decide(own, x_BxSxD) for _ in range(REPEATS)],
+  }
+  seconds = clock.laps(calls, rounds)
+  seconds['predictors'] /= REPEATS
+  products = sum(x.size for p in own.values() for x in jax.tree.leaves(p['mlp']) if x.ndim > 1)
+  costs = speech_costs.site_costs(cfg, mel_BxTxM.shape[1], tokens=1)
+  macs = sum(costs[s.name].macs * s.layers for s in cfg.all_sites() if s.stack == 'encoder')
+  return {
+    'way': 'predictors',
+    'pruned': 0.0,
+    'macs_kept': products / macs,
+    'ratio': clock.quartiles(seconds['predictors'] / seconds['dense']),
+    'seconds': clock.quartiles(seconds['predictors']),
+    'dense_seconds': clock.quartiles(seconds['dense']),
+    'bound': PREDICTORS_BOUND,
+  }
+
+
+def describe(row: Mapping[str, Any]) -> str:
+  """The predictors' row as a line for people."""
+  return (
+    f"gates decided in {row['ratio']['median']:.2%} of the dense encoder's "
+    f'{1e3 * row["dense_seconds"]["median"]:.1f} ms | bound {row["bound"]:.0%}'
+  )
 
 
 def _merged(tree: Any, other: Mapping[str, Any]) -> Any:

@@ -60,7 +60,7 @@ def make(
     contexts: patterns in a batch; example b has the pattern of number b modulo `contexts`.
   """
   kind = 'decoder' if suite == 'decoder' else 'encoder'
-  forward = functools.partial(_decode, tokens) if suite == 'decoder' else _encode
+  forward = functools.partial(_decode, tokens) if suite == 'decoder' else encode
   if suite == 'train':
     base = dataclasses.replace(cfg, scan_layers=False, remat='none')
     unrolled = SpeechModel(base), stack.unstack(params)
@@ -191,10 +191,10 @@ def _arrays(patterns: Sequence[Pattern], kind: str, batch: int) -> Mapping[str, 
   return {m: jnp.asarray(np.array([r[m] for r in each]).T, jnp.float32) for m in rows[0]}
 
 
-def _encode(
+def encode(
   model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: Mapping[str, Any]
 ) -> jax.Array:
-  """The memory, `[B, S, D]`."""
+  """The memory `[B, S, D]` of all-valid frames; gates `[N]` or `[N, B]` by module."""
   none = jnp.zeros(x_BxSxD.shape[0], int)
   mask_BxS = jnp.ones(x_BxSxD.shape[:2], bool)
   run = lambda m: m.encoder(x_BxSxD, dict(gates), mask_BxS, gating.Context(none, none), True)[0]
@@ -214,7 +214,7 @@ def gradients(cfg: SpeechConfig, params: Any, x_BxSxD: jax.Array, patterns: Sequ
 
 def _slopes(model: SpeechModel, params: Any, x_BxSxD: jax.Array, gates: Mapping[str, Any]) -> Any:
   """Gradients of `sum(memory * slope(x))`."""
-  loss = lambda params: jnp.sum(_encode(model, params, x_BxSxD, gates) * slope(x_BxSxD))
+  loss = lambda params: jnp.sum(encode(model, params, x_BxSxD, gates) * slope(x_BxSxD))
   return jax.grad(loss)(params)
 
 

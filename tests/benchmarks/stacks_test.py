@@ -29,8 +29,14 @@ def case(request):
 
 
 @pytest.fixture(scope='module')
-def rows(fast_compilation, case):
+def every_row(fast_compilation, case):
   return stacks.run(case)
+
+
+@pytest.fixture
+def rows(every_row):
+  """Those of ways to execute gates."""
+  return [row for row in every_row if row['way'] != 'predictors']
 
 
 def names(case):
@@ -58,6 +64,18 @@ def test_shares_patterns_and_bounds(rows, case):
     assert row['pattern'].count('|') == case.contexts - 1
   # Patterns of one share are different draws, with the same modules for all ways.
   assert len({row['pattern'] for row in rows}) == 1 + case.masks
+
+
+def test_an_utterance_tells_what_its_predictors_take(every_row, rows, case):
+  more = every_row[len(rows) :]
+  assert len(more) == (case.suite == 'utterance')
+  for row in more:
+    assert row['ratio']['median'] > 0
+    # Two networks of 8 speech and 32 context features, 32 hidden, 16 and 6 times 2 outputs.
+    sizes = (8 + 2 * 16) * 32 + 32 * 8 * 2, (8 + 2 * 16) * 32 + 32 * 6 * 2
+    costs = speech_costs.site_costs(case.model, stacks._audio_frames(case), 1)
+    encoder = sum(2 * cost.macs for name, cost in costs.items() if name.startswith('encoder'))
+    assert row['macs_kept'] == sum(sizes) / encoder
 
 
 def test_a_share_is_that_of_whole_modules():

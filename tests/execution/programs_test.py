@@ -12,6 +12,7 @@ import tiny_speech
 
 from gatedfm import gates as gates_lib
 from gatedfm.execution.recognizer import Recognizer
+from gatedfm.execution.stream import Batcher, Waiting, serve
 from gatedfm.gates import Gates
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers import step
@@ -201,3 +202,38 @@ def test_what_skip_and_static_cannot_do(tone_data, assets, pair):
     static(*features(0), 'asr', ['fra'], Gates({'encoder/fnn': 0.0}))
   with pytest.raises(ValueError, match="layer by layer: use execution='skip'"):
     make(tone_data, assets, ('static',), scope='layer')
+
+
+@pytest.mark.parametrize(('execution', 'sizes'), [('skip', (1,)), ('bucketed', (1, 3))])
+def test_mixed_utterances_share_the_programs_of_their_shapes(pair, others, execution, sizes):
+  """200 of two lengths, three tasks, two languages, and whatever gates follow from that."""
+  recognizer = pair[0] if execution == 'skip' else others[execution]
+  rng = np.random.default_rng(0)
+  lengths, tasks = (48, 64), ('asr', 'st_eng', 'lid')
+  kinds = [(lengths[a], tasks[b]) for a, b in zip(rng.integers(0, 2, 200), rng.integers(0, 3, 200))]
+  patterns = set()
+
+  def answer(batch):
+    (frames,), (task,) = map(set, zip(*batch))
+    mel = rng.normal(-5, 4, (len(batch), frames, 80)).astype(np.float32)
+    valid = rng.integers(frames - 12, frames, len(batch)).astype(np.int32)
+    languages = rng.choice(['fra', 'rus'], len(batch)).tolist()
+    decoded = recognizer(mel, valid, task, languages)
+    gates = np.concatenate([np.asarray(g) for g in decoded.gates.values.values()])
+    patterns.update(map(bytes, gates.T))
+    return batch
+
+  for size in sizes:
+    for frames in lengths:
+      for program in recognizer.prepare(size, frames):
+        program.result()
+  for kind in kinds[:2]:  # what the host computes on the way is compiled once, too
+    answer([kind])
+  compiled = []
+  listener = lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else 0
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  stream = [Waiting(kind, 0.0, kind) for kind in kinds]
+  served = list(serve(stream, answer, Batcher(sizes)))
+  assert len(served) == 200
+  assert len(patterns) > 5
+  assert not compiled
