@@ -240,7 +240,7 @@ def _peers(case: Case, params: Any, x_BxSxD: jax.Array) -> dict[str, Callable]:
   if not case.against:
     return {}
   if case.suite == 'train':
-    return torch_peer.gradients(case.model, params, x_BxSxD, ways.slope(x_BxSxD))
+    return torch_peer.gradients(case.model, params, x_BxSxD, ways.slope(x_BxSxD), ways.RATE)
   return torch_peer.calls(case.suite, case.model, params, x_BxSxD, case.tokens)
 
 

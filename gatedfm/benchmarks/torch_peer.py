@@ -77,9 +77,13 @@ def calls(
 
 
 def gradients(
-  cfg: SpeechConfig, params: Mapping[str, Any], x_BxSxD: jax.Array, slope_BxSxD: jax.Array
+  cfg: SpeechConfig,
+  params: Mapping[str, Any],
+  x_BxSxD: jax.Array,
+  slope_BxSxD: jax.Array,
+  rate: float,
 ) -> dict[str, Callable[[Pattern], torch_stacks.Thunk]]:
-  """Like `calls` for the encoder, forward and backward of the loss `sum(memory * slope)`.
+  """Like `calls` for the encoder, a step of descent by `rate` on the loss `sum(memory * slope)`.
 
   Returns: calls that give the loss and the gradients by ESPnet's names (`convert.espnet`), None
     for parameters of closed modules.
@@ -90,7 +94,7 @@ def gradients(
   require(cfg)
   slope = torch_stacks.load().tensor(np.asarray(slope_BxSxD))
   peers = _encoders(cfg, params, x_BxSxD)
-  return {way: functools.partial(peer.gradient, slope) for way, peer in peers.items()}
+  return {way: functools.partial(peer.gradient, slope, rate) for way, peer in peers.items()}
 
 
 def check_gradients(

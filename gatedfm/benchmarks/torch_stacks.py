@@ -127,15 +127,21 @@ class Encoder:
 
     return run
 
-  def gradient(self, slope: Tensor, pattern: Pattern) -> Thunk:
-    """The loss and its gradients by name."""
+  def gradient(self, slope: Tensor, rate: float, pattern: Pattern) -> Thunk:
+    """The loss and its gradients by name, after a step of descent.
+
+    What descends is a copy of the parameters, so that all steps have the same gradients.
+    """
     layers = _layers('encoder', pattern)
     trained = {k: p for k, p in self.module.named_parameters() if not k.startswith('embed.')}
+    moved = {k: p.detach().clone() for k, p in trained.items()}
 
     def run() -> tuple[Tensor, dict[str, Tensor | None]]:
       constants = [self._constant(*pair) for pair in zip(self.module.encoders, layers)]
       loss = (self._stack(layers, constants) * slope).sum()
       slopes = self.torch.autograd.grad(loss, trained.values(), allow_unused=True)
+      steps = [(p, g) for p, g in zip(moved.values(), slopes) if g is not None]
+      self.torch._foreach_add_(*map(list, zip(*steps)), alpha=-rate)
       return loss, {f'encoder.{k}': g for k, g in zip(trained, slopes)}
 
     return run

@@ -174,18 +174,27 @@ def run(traffic: Traffic, say: Callable[[str], None] = lambda line: None) -> lis
     known = patterns(traffic, pruned)
     for server in servers.values():
       server.know(known)
-    for row in _stream(traffic, servers, coming, _macs_kept(traffic, coming, known)):
+    for row in _stream(traffic, servers, coming, _macs_kept(traffic, coming, known), say):
       rows.append(row | {'pruned': pruned, 'compile_seconds': compiled[row['way']]})
       say(describe(rows[-1]))
   return rows
 
 
-def _stream(traffic, servers, coming, kept) -> Iterator[dict[str, Any]]:
+def _stream(traffic, servers, coming, kept, say) -> Iterator[dict[str, Any]]:
   """A row per way, of the patterns that the servers know."""
-  at_once = lambda server: _serve(traffic, server, coming, np.zeros(len(coming)))[0]
-  calls = {way: functools.partial(at_once, server) for way, server in servers.items()}
-  seconds = clock.laps(calls, traffic.rounds)
-  texts = {way: call() for way, call in calls.items()}
+  texts, rows = {}, []
+
+  def at_once(way: str, server: _Server, some: Sequence[Item]) -> None:
+    texts[way] = _serve(traffic, server, some, np.zeros(len(some)))[0]
+
+  for way, server in servers.items():
+    at_once(way, server, coming[: max(traffic.sizes)])  # wakes all up; does not count
+  calls = {way: functools.partial(at_once, way, server, coming) for way, server in servers.items()}
+  for r in range(traffic.rounds):
+    rows.append(clock.lap(calls, r % 2 == 0))
+    each = ', '.join(f'{way} {seconds:.1f} s' for way, seconds in rows[-1].items())
+    say(f'stream: {len(coming)} utterances, round {r + 1} of {traffic.rounds}: {each}')
+  seconds = {way: np.array([row[way] for row in rows]) for way in servers}
   rate = LOAD * len(coming) / np.median(seconds['dense'])
   gaps = np.random.default_rng(traffic.seed + 2).exponential(1 / rate, len(coming))
   for way, server in servers.items():
