@@ -96,7 +96,7 @@ def test_gradients(params, x_BxSxD, encode, pattern):
   loss = lambda params: jnp.sum(encode(params, x_BxSxD, gates) * slope)
   want, slopes = jax.value_and_grad(loss)(params)
   slopes = {k: a for k, a in espnet.to_espnet(slopes, MODEL).items() if k.startswith('encoder.')}
-  for prepare in torch_peer.gradients(MODEL, params, x_BxSxD, slope).values():
+  for prepare in torch_peer.gradients(MODEL, params, x_BxSxD, slope, 0.1).values():
     got, theirs = prepare(pattern)()
     np.testing.assert_allclose(got.item(), want, rtol=1e-4)
     assert theirs.keys() == {k for k in slopes if '.embed.' not in k}
