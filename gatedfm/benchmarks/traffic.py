@@ -42,7 +42,7 @@ class Traffic:
     pruned: shares of all modules that each pattern closes, at random; a stream for each.
     seconds: of an utterance, shortest and longest, evenly spread.
     buckets: padded lengths in frames of 10 ms.
-    sizes: of batches.
+    sizes: of batches, see `stream.Batcher`.
     latency: seconds after which whoever waits goes first.
     rounds: passes of the whole stream by each way, side by side.
     seed: of parameters, features, patterns and traffic.
@@ -54,7 +54,7 @@ class Traffic:
   pruned: tuple[float, ...] = (0.5,)
   seconds: tuple[float, float] = (1.0, 5.0)
   buckets: tuple[int, ...] = (128, 256, 512)
-  sizes: tuple[int, ...] = (1, 4, 16)
+  sizes: tuple[int, ...] = (1, 4, 8, 16)
   latency: float = 2.0
   rounds: int = 3
   seed: int = 0
@@ -155,8 +155,8 @@ def run(traffic: Traffic, say: Callable[[str], None] = lambda line: None) -> lis
   Returns: one row per way and share: `way`, `pruned`, `macs_kept`, `ratio` (seconds for the
     stream over dense, quartiles over rounds), `throughput` (utterances per second, median),
     `speedup` (over dense, median), `latency` (`p50` and `p95` in seconds under load), `batch` (mean
-    size, under load), `compile_seconds`, `differing` (share of utterances whose tokens are not
-    `skip`'s).
+    number of utterances, under load), `compile_seconds`, `differing` (share of utterances whose
+    tokens are not `skip`'s).
 
   Raises:
     ConfigError: traffic that cannot be timed.
@@ -198,7 +198,7 @@ def _stream(traffic, servers, coming, kept, say) -> Iterator[dict[str, Any]]:
   rate = LOAD * len(coming) / np.median(seconds['dense'])
   gaps = np.random.default_rng(traffic.seed + 2).exponential(1 / rate, len(coming))
   for way, server in servers.items():
-    _, waits, sizes = _serve(traffic, server, coming, np.cumsum(gaps))
+    _, waits, batches = _serve(traffic, server, coming, np.cumsum(gaps))
     differing = np.mean([(a != b).any() for a, b in zip(texts[way], texts['skip'])])
     yield {
       'way': way,
@@ -207,19 +207,20 @@ def _stream(traffic, servers, coming, kept, say) -> Iterator[dict[str, Any]]:
       'throughput': float(len(coming) / np.median(seconds[way])),
       'speedup': float(np.median(seconds['dense'] / seconds[way])),
       'latency': {f'p{q}': float(np.percentile(waits, q)) for q in (50, 95)},
-      'batch': float(np.mean(sizes)),
+      'batch': len(coming) / batches,
       'differing': None if way == 'dense' else float(differing),
     }
 
 
 def _serve(
   traffic: Traffic, server: _Server, coming: Sequence[Item], arrivals: np.ndarray
-) -> tuple[list[np.ndarray], list[float], list[int]]:
-  """Tokens in order of arrival, seconds that each waited, sizes of the batches."""
-  texts, waits, sizes = {}, [], []
+) -> tuple[list[np.ndarray], list[float], int]:
+  """Tokens in order of arrival, seconds that each waited, number of batches."""
+  texts, waits, batches = {}, [], 0
 
   def answer(batch: list[tuple[int, Item]]) -> list[np.ndarray]:
-    sizes.append(len(batch))
+    nonlocal batches
+    batches += 1
     return server([item for _, item in batch])
 
   queue = []
@@ -230,7 +231,7 @@ def _serve(
   for waiting, tokens, wait in stream.serve(queue, answer, batcher):
     texts[waiting.item[0]] = tokens
     waits.append(wait)
-  return [texts[n] for n in range(len(coming))], waits, sizes
+  return [texts[n] for n in range(len(coming))], waits, batches
 
 
 def _macs_kept(traffic: Traffic, coming: Sequence[Item], known: Sequence[Pattern]) -> float:

@@ -33,21 +33,27 @@ class Batcher:
   """Queues, and which batch to serve next.
 
   Args:
-    sizes: batch sizes that programs exist for, with 1 among them; a batch takes the largest
-      that its queue fills, so that no row is padding.
+    sizes: batch sizes that programs exist for, with 1 among them.
     latency: seconds; whoever has waited longer goes first, however few are like them. Else the
       longest queue does.
+    fill: a batch of fewer than a size's rows is padded to it if they are at least this share of
+      them; else it is as large as a size that is filled. A decoder reads its matrices once per
+      batch, so that a few rows more cost less than another batch; 1 never pads.
 
   Raises:
-    ValueError: sizes without 1, or a negative latency.
+    ValueError: sizes without 1, a negative latency, or a share that is none.
   """
 
-  def __init__(self, sizes: Sequence[int] = (1, 2, 4, 8, 16), latency: float = 0.5):
+  def __init__(
+    self, sizes: Sequence[int] = (1, 2, 4, 8, 16), latency: float = 0.5, fill: float = 0.5
+  ):
     if 1 not in sizes or min(sizes) < 1:
       raise ValueError(f'sizes {tuple(sizes)} must be positive, and one of them 1')
     if latency < 0:
       raise ValueError(f'latency is {latency}; it is a time in seconds')
-    self._sizes, self._latency = sorted(sizes, reverse=True), latency
+    if not 0 < fill <= 1:
+      raise ValueError(f'fill is {fill}; it is a share of rows in (0, 1]')
+    self._sizes, self._latency, self._fill = sorted(sizes), latency, fill
     self._queues: dict[Hashable, collections.deque[Waiting]] = {}
 
   def add(self, waiting: Waiting) -> None:
@@ -66,14 +72,23 @@ class Batcher:
       # Of equally long ones, that of whoever came first.
       oldest = min(
         self._queues,
-        key=lambda n: (-min(len(self._queues[n]), self._sizes[0]), self._queues[n][0].arrival),
+        key=lambda n: (-min(len(self._queues[n]), self._sizes[-1]), self._queues[n][0].arrival),
       )
     queue = self._queues[oldest]
-    size = next(s for s in self._sizes if s <= len(queue))
-    batch = [queue.popleft() for _ in range(size)]
+    number = min(len(queue), self._sizes[-1])
+    if number < self._fill * self._holding(number):
+      number = max(s for s in self._sizes if s <= number)
+    batch = [queue.popleft() for _ in range(number)]
     if not queue:
       del self._queues[oldest]
     return batch
+
+  def _holding(self, number: int) -> int:
+    return next(s for s in self._sizes if s >= number)
+
+  def padded(self, items: Sequence[Any]) -> list[Any]:
+    """The items of a batch, the last of them repeated up to one of the sizes."""
+    return [*items, *[items[-1]] * (self._holding(len(items)) - len(items))]
 
 
 def serve(
@@ -88,7 +103,8 @@ def serve(
   Args:
     arrivals: in order of arrival, in seconds from the start; what has not arrived yet is not
       looked at.
-    run: answers the items of a batch, one result each, and returns when they are there.
+    run: answers the items of a batch, one result each, and returns when they are there; what
+      pads a batch is among its items.
     batcher: groups them.
     clock, sleep: of the seconds that arrivals are told in.
 
@@ -105,7 +121,7 @@ def serve(
     if not batch:
       sleep(head.arrival - now)
       continue
-    results = run([waiting.item for waiting in batch])
+    results = run(batcher.padded([waiting.item for waiting in batch]))
     done = clock() - start
-    for waiting, result in zip(batch, results, strict=True):
+    for waiting, result in zip(batch, results[: len(batch)], strict=True):
       yield waiting, result, done - waiting.arrival

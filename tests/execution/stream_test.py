@@ -25,13 +25,35 @@ def items(batch):
   return [w.item for w in batch]
 
 
-def test_the_longest_queue_goes_first_and_fills_a_size_without_padding():
+def test_the_longest_queue_goes_first_as_far_as_sizes_reach():
   batcher = fill(Batcher(SIZES, latency=9), waiting(*'abbabb', gap=0.1))
   assert items(batcher.take(1)) == ['b1', 'b2', 'b4', 'b5']
   assert items(batcher.take(1)) == ['a0', 'a3']
   assert batcher.take(1) == []
-  three = fill(Batcher(SIZES, latency=9), waiting(*'aaa'))
-  assert [items(three.take(0)) for _ in range(2)] == [['a0', 'a1'], ['a2']]
+
+
+@pytest.mark.parametrize(
+  ('number', 'share', 'sizes'),
+  [
+    (3, 1.0, [2, 1]),
+    (3, 0.75, [3]),
+    (3, 0.8, [2, 1]),
+    (5, 0.5, [5]),
+    (5, 0.7, [4, 1]),
+    (8, 0.5, [8]),
+    (11, 0.5, [8, 3]),
+    (9, 0.5, [8, 1]),
+  ],
+)
+def test_batches_are_padded_where_that_leaves_enough_rows_filled(number, share, sizes):
+  batcher = fill(Batcher((1, 2, 4, 8), 9, share), waiting(*'a' * number))
+  batches = []
+  while batch := items(batcher.take(0)):
+    batches.append(len(batch))
+    padded = batcher.padded(batch)
+    assert len(padded) in (1, 2, 4, 8)
+    assert padded == batch + batch[-1:] * (len(padded) - len(batch))
+  assert batches == sizes
 
 
 def test_beyond_the_largest_batch_the_first_comer_decides():
@@ -117,6 +139,7 @@ def test_an_idle_server_waits_for_nobody():
     ({'sizes': (2, 4)}, 'one of them 1'),
     ({'sizes': (0, 1)}, 'positive'),
     ({'latency': -1}, 'latency is -1'),
+    ({'fill': 0}, 'fill is 0'),
   ],
 )
 def test_impossible_batches(options, message):
