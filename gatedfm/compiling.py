@@ -45,7 +45,7 @@ class Programs:
     """Starts compiling for these arguments (arrays or `ShapeDtypeStruct`s) unless that is done."""
     # A dictionary keeps the order of insertion: the first is the one not used for longest.
     program = self._programs.pop(key, None)
-    if program is None:
+    if program is None or (program.done() and program.exception()):  # memory may be free by now
       lowered = self._function.lower(*args, **static)
       program = _pool().submit(lowered.compile)
       if self._limit and len(self._programs) >= self._limit:

@@ -33,11 +33,10 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     workdir = mains.folder(_CHECKPOINT.value)
-    result = points.evaluate(
-      workdir, _SPLIT.value, _OTHER.value, _DATA.value, _CTC_WEIGHT.value, _SEARCH()
-    )
+    how = _CTC_WEIGHT.value, _SEARCH()
+    result = points.evaluate(workdir, _SPLIT.value, _OTHER.value, _DATA.value, *how)
     print(report.aligned(report.results({'points': {workdir.resolve().name: result}})))
-    print(f'{workdir}/evaluation_{_SPLIT.value}.json has the rest')
+    print(f'{points.file_of(workdir, _SPLIT.value, *how)} has the rest')
 
 
 if __name__ == '__main__':

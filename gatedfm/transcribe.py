@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from gatedfm import mains
+from gatedfm.execution import EXECUTIONS
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.')
 _LANGUAGE = flags.DEFINE_string('language', '', 'ISO code, such as fr or fra; empty: find out.')
@@ -24,8 +25,11 @@ _CTC = flags.DEFINE_bool('ctc', False, 'Write by CTC alone, without the attentio
 _CTC_WEIGHT = flags.DEFINE_float(
   'ctc_weight', None, 'Of CTC in joint decoding; by default as in training.', 0, 1
 )
-_EXECUTION = flags.DEFINE_string(
-  'execution', 'auto', 'How gates are executed, such as skip or compact; auto chooses and says why.'
+_EXECUTION = flags.DEFINE_enum(
+  'execution',
+  'auto',
+  ['auto', *EXECUTIONS],
+  'How gates are executed; auto chooses and says why.',
 )
 _SEARCH = mains.define_search()
 _TIMESTAMPS = flags.DEFINE_bool('timestamps', False, 'Also say when each word is said.')
@@ -40,11 +44,14 @@ def main(argv: list[str]) -> None:
   mains.set_up()
   from gatedfm.execution import files, long_form
   from gatedfm.execution.recognizer import Recognizer
+  from gatedfm.models.speech_config import ConfigError
 
   with mains.clear_errors():
     task = files.parse_task(_TASK.value)
     language = files.parse_language(_LANGUAGE.value)
     search = _SEARCH(decoder=not _CTC.value)
+    if _CTC.value and _CTC_WEIGHT.value is not None:
+      raise ConfigError('--ctc leaves the attention decoder out: drop --ctc_weight')
     windows = long_form.Windows(_WINDOW.value, _OVERLAP.value)
     workdir = mains.folder(_CHECKPOINT.value)
     say = functools.partial(print, file=sys.stderr, flush=True)  # the results are on stdout

@@ -1,7 +1,9 @@
 """A stream of mixed utterances through one server: throughput, and how long anybody waits.
 
 Utterances differ in length and in gate pattern, a pattern per context (a language and a task,
-say), contexts as frequent as Zipf has it. Letters: B batch, T frames of 10 ms, N layers.
+say), contexts as frequent as Zipf has it. A context comes with its utterance, and its pattern is
+known: what predicts from speech would have to listen before it queues. Letters: B batch, T frames
+of 10 ms, N layers.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -23,7 +24,6 @@ from gatedfm.gates import Gates, Pattern
 from gatedfm.models import speech_costs
 from gatedfm.models.speech import for_inference
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
-from gatedfm.trainers import step
 
 # Whether a way's batches have one gate pattern: `skip` needs that, the others ask for none.
 WAYS = {'dense': False, 'bucketed': False, 'skip': True}
@@ -64,6 +64,9 @@ class Traffic:
     for name in ('utterances', 'contexts', 'rounds'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be positive')
+    if self.seed < 0:
+      raise ConfigError(f'seed is {self.seed}; it must not be negative')
+    stream.Batcher(self.sizes, self.latency)
     if not self.pruned or any(not 0 <= p <= 1 for p in self.pruned):
       raise ConfigError(f'pruned is {self.pruned}; it is a list of shares in [0, 1]')
     if not 0.1 <= self.seconds[0] <= self.seconds[1] <= max(self.buckets) / 100:
@@ -163,7 +166,7 @@ def run(traffic: Traffic, say: Callable[[str], None] = lambda line: None) -> lis
   """
   traffic.validate()
   coming = items(traffic)
-  params = nn.unbox(step.init_params(traffic.model, jax.random.key(traffic.seed)))
+  params = stacks.random_params(traffic.model, jax.random.key(traffic.seed))
   servers, compiled = {}, {}
   for way in WAYS:
     server, start = _Server(way, traffic, params), time.perf_counter()
@@ -256,4 +259,5 @@ def describe(row: dict[str, Any]) -> str:
     f' | MACs kept {row["macs_kept"]:.2f} | at {LOAD:.0%} load p50 {row["latency"]["p50"]:.2f} s,'
     f' p95 {row["latency"]["p95"]:.2f} s, batches of {row["batch"]:.1f}'
     f' | compiled in {row["compile_seconds"]:.0f} s'
+    + (f' | {row["differing"]:.1%} of the texts differ' if row['differing'] else '')
   )

@@ -26,7 +26,7 @@ from gatedfm.models.speech import SpeechModel, for_inference
 from gatedfm.models.speech_config import GateConfig, SpeechConfig
 from gatedfm.nn import gating
 
-WAYS = ('mask', 'skip', 'scanned', 'static')
+WAYS = ('mask', 'skip', 'scanned', 'compact')
 PREDICTORS = {'encoder': 'encoder_gates', 'decoder': 'decoder_gates'}
 PREDICTORS_BOUND = 0.01  # of the encoder's time
 REPEATS = 100  # of predictors' calls
@@ -41,7 +41,7 @@ def gated(cfg: SpeechConfig, stacks: Sequence[str]) -> SpeechConfig:
 def make(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, tokens: int) -> dict[str, ways.Way]:
   """The ways to run an utterance by name, `dense`, without predictors, first; see `ways.make`.
 
-  `static` knows the gates beforehand: one program for the whole pattern, without predictors.
+  `compact` knows the gates beforehand: one program for the whole pattern, without predictors.
 
   Args:
     cfg, params: of a model with predictors (`gated`), in the training layout.
@@ -67,15 +67,15 @@ def make(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, tokens: int) -> d
     'mask': traced('mask', predicted),
     'skip': traced('skip', predicted),
     'scanned': traced('skip', scanned),
-    'static': ways.Static(forward, (SpeechModel(plain), own), mel_BxTxM, Pattern.fixed),
+    'compact': ways.Static(forward, (SpeechModel(plain), own), mel_BxTxM, Pattern.fixed),
   }
 
 
 def predictors(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, rounds: int) -> dict[str, Any]:
   """What it takes to decide, alone: a row whose `dense_seconds` are the dense encoder's.
 
-  Called many times at a stretch, for a single call is too short to be told from waking up. An
-  upper bound all the same: inside of a larger program there is no call of its own to pay for.
+  Called many times at a stretch, each waited for: a single call is too short to be told from
+  waking up. An upper bound: inside of a larger program there is no call of its own to pay for.
 
   Args:
     cfg, params, mel_BxTxM: see `make`.
@@ -97,7 +97,7 @@ def predictors(cfg: SpeechConfig, params: Any, mel_BxTxM: jax.Array, rounds: int
   decide = jax.jit(decide)
   calls = {
     'dense': lambda: encode(encoder, x_BxSxD),
-    'predictors': lambda: [decide(own, x_BxSxD) for _ in range(REPEATS)],
+    'predictors': lambda: [jax.block_until_ready(decide(own, x_BxSxD)) for _ in range(REPEATS)],
   }
   seconds = clock.laps(calls, rounds)
   seconds['predictors'] /= REPEATS

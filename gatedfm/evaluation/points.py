@@ -59,6 +59,14 @@ def _splits(
   return {name: dataclasses.replace(s, shapes=shapes) for name, s in out.items()}
 
 
+def file_of(workdir: Path, split: str, ctc_weight: float | None, search: Search) -> Path:
+  """`evaluation_SPLIT.json`, which sweeps read, or that of another search beside it."""
+  plain = dataclasses.asdict(GREEDY)
+  other = {k: v for k, v in dataclasses.asdict(search).items() if v != plain[k]}
+  other |= {} if ctc_weight is None else {'ctc_weight': ctc_weight}
+  return workdir / f'evaluation_{"_".join([split, *(f"{k}={v}" for k, v in other.items())])}.json'
+
+
 def evaluate(
   workdir: Path,
   split: str = 'test',
@@ -67,7 +75,7 @@ def evaluate(
   ctc_weight: float | None = None,
   search: Search = GREEDY,
 ) -> dict:
-  """Quality, gates and costs of a point on a split, from `evaluation_SPLIT.json` where it is fresh.
+  """Quality, gates and costs of a point on a split, from its file (`file_of`) where that is fresh.
 
   Args:
     workdir: of a training run.
@@ -82,7 +90,7 @@ def evaluate(
     ConfigError: `other` for a model that does not identify languages.
     DataError: data that cannot be had.
   """
-  path = workdir / f'evaluation_{split}.json'
+  path = file_of(workdir, split, ctc_weight, search)
   cfg = load_train_config(workdir)
   folder = sources.data_folder(data_dir or cfg.data_dir)
   key = {
@@ -93,7 +101,7 @@ def evaluate(
     'ctc_weight': cfg.ctc_weight if ctc_weight is None else ctc_weight,
     **({} if search == GREEDY else {'search': dataclasses.asdict(search)}),
   }
-  outputs_path = workdir / f'outputs_{split}.jsonl'
+  outputs_path = path.with_name(path.stem.replace('evaluation', 'outputs', 1) + '.jsonl')
   if path.exists() and outputs_path.exists():
     saved = json.loads(path.read_text(encoding='utf-8'))
     # Who asks for no other source is served by an evaluation that had one, and does not lose it.

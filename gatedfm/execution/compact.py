@@ -15,6 +15,7 @@ from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 from gatedfm.nn import gating
+from gatedfm.nn.layers import Compacted
 
 
 def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
   out = dict(params)
   for name, bits in pattern.sites:
     stack_name, module = name.split('/', 1)
+    if stack_name not in out:
+      raise ValueError(f'{name}: the parameters have no {stack_name}')
     layers = dict(out[stack_name]['layers'])
     if len(layers) != len(bits) or f'{stack.PREFIX}0' not in layers:
       raise ValueError(f'{name} has {len(bits)} layers; the unrolled parameters hold {len(layers)}')
@@ -60,24 +63,30 @@ def compact_units(params: dict[str, Any], gates: Gates, cfg: SpeechConfig) -> di
   A layer keeps as many as are open, each its own number. The model runs with them as it is.
 
   Args:
-    params: unrolled; modules that are gone stay so.
-    gates: 0 or 1, `[N, U]`, for any of `cfg.unit_sites()` and no other site.
+    params: unrolled, never compacted by units before; modules that are gone stay so.
+    gates: 0 or 1, `[N, U]` (or broadcast), for any of `cfg.unit_sites()` and no other site.
     cfg: of the model.
 
   Raises:
-    ValueError: an unknown site, another shape, or a gate between open and closed.
+    ValueError: stacked parameters, an unknown site, another shape, or a gate between open and
+      closed.
   """
   sites = {s.name: s for s in cfg.unit_sites()}
   named = [sites[name] for name in gates.values if name in sites]
   gates_lib.validate(gates, named)
   out = dict(params)
   for site in named:
-    open_NxU = np.broadcast_to(np.asarray(gates[site.name]), (site.layers, site.units))
+    given, shape = np.asarray(gates[site.name]), (site.layers, site.units)
+    if given.ndim > 2:
+      raise ValueError(f'gates of {site.name} differ by example: nothing can be cut out of arrays')
+    open_NxU = given.reshape(shape) if given.size == site.size else np.broadcast_to(given, shape)
     if ((open_NxU != 0) & (open_NxU != 1)).any():
       raise ValueError(f'gates of {site.name} lie between open and closed: multiply by them')
     module = site.module.rsplit('_', 1)[0]
     inner = 'attention' if site.unit == 'head' else 'ffn'
     layers = dict(out[site.stack]['layers'])
+    if f'{stack.PREFIX}0' not in layers:
+      raise ValueError(f"{site.name}: the {site.stack}'s parameters are stacked; unroll them first")
     for i, open_U in enumerate(open_NxU):
       layer = layers[f'{stack.PREFIX}{i}']
       if module in layer:
@@ -94,9 +103,9 @@ def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str,
     linear = params[name]
     width = linear['kernel'].shape[axis] // site.units  # of a head
     columns = (kept[:, None] * width + np.arange(width)).ravel()
-    out[name] = linear | {'kernel': jnp.take(linear['kernel'], columns, axis)}
+    out[name] = linear | {'kernel': Compacted(jnp.take(linear['kernel'], columns, axis))}
     if axis == 1:
-      out[name]['bias'] = linear['bias'][columns]
+      out[name]['bias'] = Compacted(linear['bias'][columns])
   return out
 
 

@@ -24,10 +24,13 @@ def alone(ctc: ctc_prefix.Frames, gates: Gates, x: Request, vocabulary: Vocabula
     ctc: what CTC says of each frame.
     gates: all that were used; the decoder's are left out.
     x: `search`, `length` and `steps` are read.
-    vocabulary: what may be written by a beam.
+    vocabulary: what may be written.
   """
   used = Gates({name: g for name, g in gates.values.items() if not name.startswith('decoder/')})
-  path_BxS = ctc_prefix.best_path(ctc)
+  may_V = vocabulary.allowed.copy()
+  may_V[ctc_prefix.BLANK], may_V[vocabulary.eos] = True, False
+  log_probs = jnp.where(may_V, ctc.log_probs, ctc_prefix.IMPOSSIBLE)
+  path_BxS = ctc_prefix.best_path(ctc.replace(log_probs=log_probs))
   if x.search.beam == 1:
     return Decoded(collapsed(path_BxS, x.length, vocabulary.eos), path_BxS, None, used)
   found = beam.search(None, lambda caches, *_: caches, (), jnp.ones(()), ctc, x, vocabulary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax
@@ -50,6 +51,9 @@ class Search:
   def __post_init__(self):
     if self.beam < 1:
       raise ConfigError(f'a beam of {self.beam} holds no hypothesis: 1 is greedy decoding')
+    for name in ('length_penalty', 'maxlenratio', 'minlenratio'):
+      if not math.isfinite(getattr(self, name)):
+        raise ConfigError(f'{name} is {getattr(self, name)}; it must be a number')
     for name in ('maxlenratio', 'minlenratio'):
       value = getattr(self, name)
       if value < 0 and value != int(value):

@@ -133,12 +133,13 @@ def transcribe(
   batches = _batches(recognizer, mel_TxM, spans)
   read, shape = time.perf_counter() - start, batches[0][0].shape[:2]
   tasks = ['lid', task] if identify else [task]
-  programs = [p for name in tasks for p in recognizer.prepare(*shape, name, timed)]
+  aligned = lambda task: timed and task != 'lid'
+  programs = [p for name in tasks for p in recognizer.prepare(*shape, name, aligned(name))]
   compiling.wait(list(dict.fromkeys(programs)), say)  # one may do for both
 
   start, number = time.perf_counter(), len(spans)
   decode = lambda task, language: [
-    recognizer(mel, frames, task, [language] * len(frames), timestamps=timed)
+    recognizer(mel, frames, task, [language] * len(frames), timestamps=aligned(task))
     for mel, frames in batches
   ]
   rows = lambda of, decoded: [row for d in decoded for row in of(d)][:number]

@@ -44,7 +44,7 @@ class Layerwise:
   ) -> list[futures.Future]:
     """Starts compiling what `pattern` needs; arguments as of a call, or their shapes."""
     programs = [
-      self._layer.prepare((x_BxSxD.shape, gates), mine, x_BxSxD, mask_BxS, gates=gates)
+      self._layer.prepare(_key(mine, x_BxSxD, gates), mine, x_BxSxD, mask_BxS, gates=gates)
       for mine, gates in _layers(params, pattern)
     ]
     return [*programs, self._norm.prepare(x_BxSxD.shape, params['after_norm'], x_BxSxD)]
@@ -60,13 +60,18 @@ class Layerwise:
       pattern: with the encoder's sites, one for the whole batch.
     """
     for mine, gates in _layers(params, pattern):
-      key = x_BxSxD.shape, gates
+      key = _key(mine, x_BxSxD, gates)
       x_BxSxD = self._layer(key, mine, x_BxSxD, mask_BxS, gates=gates)
     return self._norm(x_BxSxD.shape, params['after_norm'], x_BxSxD)
 
   def compiled(self) -> list[compiling.Programs]:
     """Everything compiled."""
     return [self._layer, self._norm]
+
+
+def _key(params: Any, x_BxSxD: jax.Array, gates: LayerGates) -> tuple:
+  """What layers of one program agree in: compacted ones differ in their widths."""
+  return x_BxSxD.shape, gates, tuple(a.shape for a in jax.tree.leaves(params))
 
 
 def _layers(params: Any, pattern: Pattern) -> list[tuple[Any, LayerGates]]:

@@ -23,6 +23,7 @@ from gatedfm.execution.decoding import Decoded, Request, Vocabulary
 from gatedfm.execution.layerwise import Layerwise
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import Encoded, SpeechModel
+from gatedfm.models.speech_config import ConfigError
 from gatedfm.nn import gating
 
 
@@ -111,21 +112,21 @@ class Staged:
     limit: programs kept per stage; beyond it the one not used for longest is dropped.
 
   Raises:
-    ValueError: a model that decides gates layer by layer.
+    ConfigError: a model that decides gates layer by layer.
   """
-
-  _LISTEN = ('subsample', 'encoder_gates', 'decoder_gates')
 
   def __init__(
     self, model: SpeechModel, stats: FeatureStats, vocabulary: Vocabulary, limit: int = 128
   ):
     cfg = model.cfg
     if cfg.predicts('encoder') and cfg.gates.scope == 'layer':
-      raise ValueError(
-        'static execution needs the gates of a stack before it runs; this model decides them '
-        "layer by layer: use execution='skip'"
+      raise ConfigError(
+        'static and layerwise execution need the gates of a stack before it runs; this model '
+        "decides them layer by layer: use execution='skip'"
       )
     self._model, self._stats, self._vocabulary = model, stats, vocabulary
+    heard = () if cfg.gates.decoder_reads == 'memory' else ('decoder_gates',)
+    self._listens = 'subsample', 'encoder_gates', *heard  # what `listen` reads
     self._sites = {k: [s for s in cfg.all_sites() if s.stack == k] for k in ('encoder', 'decoder')}
     stage = lambda f, **static: compiling.Programs(jax.jit(f, **static), limit)
     self._listen = stage(self._listening)
@@ -199,14 +200,14 @@ class Staged:
 
   def prepare(self, params: Any, x: Request) -> list[futures.Future]:
     """Starts compiling for requests like `x` what does not depend on their gates."""
-    return [self._listen.prepare(x.key, self._needed(params, *self._LISTEN), x)]
+    return [self._listen.prepare(x.key, self._needed(params, *self._listens), x)]
 
   def __call__(self, params: Any, x: Request) -> Decoded:
     given, x = x.gates, x.replace(gates=None)
     if given is not None:
       given = gates_lib.completed(given, self._model.cfg.all_sites())
     key, batch = x.key, len(x.frames)
-    *heard, decided = self._listen(key, self._needed(params, *self._LISTEN), x)
+    *heard, decided = self._listen(key, self._needed(params, *self._listens), x)
     x = x.replace(features=None, frames=None)  # heard; no stage more takes them
     encoder = self._pattern('encoder', decided['encoder'], given)
     memory_BxSxD, ctc, more = self._run_encoder(key, params, heard, x, encoder)

@@ -17,17 +17,14 @@ import numpy as np
 
 from gatedfm.data.corpus import ASSETS, Assets
 from gatedfm.data.types import DataError
-from gatedfm.execution import auto, compact, ctc_decoding, decoding, programs, words
+from gatedfm.execution import EXECUTIONS, auto, compact, ctc_decoding, decoding, programs, words
 from gatedfm.execution.decoding import GREEDY, Search
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import for_inference
-from gatedfm.models.speech_config import SpeechConfig, choice
+from gatedfm.models.speech_config import ConfigError, SpeechConfig, choice
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 
-EXECUTIONS = (
-  'mask', 'bucketed', 'skip', 'scanned', 'static', 'layerwise', 'compact'
-)  # fmt: skip
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 
 
@@ -50,7 +47,7 @@ class Recognizer:
     ctc_weight: of CTC in joint decoding of transcripts (ESPnet's usual choice); 0 is the
       attention decoder alone.
     search: how texts are searched for.
-    pattern: of `compact`; None where the model's predictors read nothing and decide one.
+    pattern: of `compact` alone; None where the model's predictors read nothing and decide one.
 
   Attributes:
     mixes: whether utterances of one batch may differ in their gates, or have none.
@@ -68,6 +65,8 @@ class Recognizer:
     pattern: Pattern | None = None,
   ):
     choice('execution', execution, EXECUTIONS)
+    if pattern is not None and execution != 'compact':
+      raise ConfigError(f'{execution} execution has no fixed pattern: give its gates to each call')
     mixing = ('mask', 'bucketed')
     self._ctc_weight, self._binary, self.search = ctc_weight, execution not in mixing, search
     self.mixes = execution in (*mixing, 'compact') or not cfg.gates.enabled
@@ -192,6 +191,15 @@ class Recognizer:
   ) -> decoding.Request:
     """What the programs take; arguments as of `__call__`."""
     t, search = self.tokenizer, self.search
+    features_BxTxM = np.asarray(features_BxTxM, np.float32)
+    frames_B = np.asarray(frames_B, np.int32)
+    if features_BxTxM.ndim != 3 or features_BxTxM.shape[2] != self.cfg.mels:
+      raise ValueError(f'features are {features_BxTxM.shape}, not [B, T, {self.cfg.mels}]')
+    if not len(features_BxTxM) == frames_B.size == len(languages):
+      raise ValueError(
+        f'{len(features_BxTxM)} utterances, {frames_B.size} lengths and {len(languages)} '
+        'languages: give one of each'
+      )
     known = task != 'lid'
     if task not in ('asr', 'lid') and (timestamps or not search.decoder):
       raise ValueError(f'CTC hears what is said and writes and aligns transcripts, not {task}')
@@ -203,8 +211,9 @@ class Recognizer:
     # Programs are compiled for shapes and types, whatever the caller's numbers are.
     if gates is not None:
       gates = Gates({name: np.asarray(g, np.float32) for name, g in gates.values.items()})
+    modules = [s.name for s in self.cfg.all_sites()]
     for name, g in gates.values.items() if gates is not None and self._binary else ():
-      if ((g != 0) & (g != 1)).any():
+      if name in modules and ((g != 0) & (g != 1)).any():
         raise ValueError(f"gates of {name} lie between open and closed: use execution='mask'")
     # Frames enough for any utterance of this shape; caches end where the model's positions do.
     length = search.lengths(features_BxTxM.shape[1] // 4)[1]

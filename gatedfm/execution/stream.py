@@ -3,7 +3,7 @@
 A batch is fastest where its utterances are of one length and one gate pattern: no padding, and
 what one closes all close. Utterances that come one by one are queued by both and served in
 batches; while one is served the others' queues grow, so that batches are large where there is
-much to do and small where nobody waits. Nobody is passed over for longer than a bound.
+much to do and small where nobody waits. Whoever has waited for longer than a bound goes first.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class SpeechModel(nn.Module):
       context: language, task and how gates are decided.
       gates: overrides the predictor; values `()`, `[N]` or `[N, B]` per site, and `[N, U]` or
         `[N, B, U]` per site of heads or channels (`cfg.unit_sites()`), which are multiplied by,
-        whatever the execution. Sites that it does not name are open; under `skip`, so is any
+        under `skip` too. Sites that it does not name are open; under `skip`, so is any
         gate of a module above 0.
       deterministic: False turns dropout on.
 

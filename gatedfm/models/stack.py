@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gatedfm.models.gate_predictor import GATE_MODULES
 from gatedfm.models.speech_config import SpeechConfig
 from gatedfm.nn import layers
 
@@ -81,8 +82,11 @@ class Stack(nn.Module):
     """The scan, with matrices left where they are: `layers.Indexed`."""
     layer = self.layer(self.cfg, parent=None)
     leaves, tree = jax.tree_util.tree_flatten_with_path(self.variables['params']['scan'])
-    # Taps are small, and read 31 times: XLA would fuse their slicing into every read.
-    stays = [path[-1].key == 'kernel' and path[-2].key != 'conv' for path, _ in leaves]
+    # Taps are small, and read 31 times: XLA would fuse their slicing into every read. A predictor
+    # is small and always runs.
+    small = {'conv', *GATE_MODULES}
+    named = [[key.key for key in path] for path, _ in leaves]
+    stays = [names[-1] == 'kernel' and not small & set(names) for names in named]
     sliced = [None if s else w for s, (_, w) in zip(stays, leaves)]
 
     def body(x: jax.Array, step: tuple) -> tuple[jax.Array, Gates]:

@@ -55,8 +55,8 @@ class Attention(nn.Module):
 
   def kept_heads(self) -> int:
     """H, or as many as compaction has left."""
-    kernel = self.key.get_variable('params', 'kernel')
-    return self.heads if kernel is None else kernel.shape[-1] // (self.features // self.heads)
+    kernel, width = self.key.get_variable('params', 'kernel'), self.features // self.heads
+    return kernel.value.shape[-1] // width if isinstance(kernel, layers.Compacted) else self.heads
 
   def project(self, memory_BxSxD: jax.Array) -> KeyValue:
     """Keys and values of `memory`, `[B, H, S, K]` each."""

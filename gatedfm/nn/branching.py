@@ -20,6 +20,8 @@ def cond(
 ) -> Any:
   """`run(*operands)` where `is_open`, else `skip(*operands)`, as `lax.cond`.
 
+  Derivatives are of reverse mode alone (`jax.grad`, `jax.vjp`), as of any `custom_vjp`.
+
   Going backward the open branch reads what it kept going forward, and its operands where they
   are. Whatever the branches differentiate must be an operand.
 
@@ -52,14 +54,15 @@ def _cond(run: Callable[..., Any], skip: Callable[..., Any]) -> Callable[..., An
     return lax.cond(is_open, run, skip, others, *floats)
 
   # How `run`'s pullback is put together again; of one tracing, and the same in all.
-  made = {}
+  made: dict[str, Any] = {}
 
   def opened(others: list, *floats: jax.Array) -> tuple[Any, list[jax.Array]]:
     y, pullback = jax.vjp(lambda *floats: run(others, *floats), *floats)
     parts, made['tree'] = jax.tree.flatten(pullback)
     inputs = [*others, *floats]
     place = lambda part: next((i for i, v in enumerate(inputs) if v is part), None)
-    made['places'] = [place(part) for part in parts]
+    places = [place(part) for part in parts]
+    assert made.setdefault('places', places) == places, 'one function, traced in two ways'
     return y, [part for part, i in zip(parts, made['places']) if i is None]
 
   def forward(is_open: jax.Array, others: list, *floats: jax.Array) -> tuple[Any, tuple]:

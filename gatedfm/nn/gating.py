@@ -130,7 +130,9 @@ def add_gated(
 
   The sum belongs to the branch: a closed gate hands `total` on and costs no addition either.
   Under `bucketed` the module runs for the examples alone whose gates are open; it must treat
-  examples apart, and arrays of `args` whose leading axis is the batch's are theirs.
+  examples apart, and arrays of `args` whose leading axis is the batch's are theirs. Examples are
+  picked from the whole batch: where devices share it, they exchange them, unless each runs its
+  own part (`jax.shard_map`).
   """
   close = lambda m, total, *rest: total
   if _gathers(execution, gate, x) and not module.is_initializing():

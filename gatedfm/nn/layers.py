@@ -35,6 +35,13 @@ class Indexed:
     return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
 
 
+@flax.struct.dataclass
+class Compacted:
+  """A parameter of a module of which heads or hidden channels have been cut out."""
+
+  value: jax.Array
+
+
 def param(
   module: nn.Module,
   name: str,
@@ -44,11 +51,12 @@ def param(
 ) -> jax.Array:
   """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed`.
 
-  Heads and hidden channels may have been compacted: along their axes what is given may be
-  narrower than `shape`.
+  What is `Compacted` may be of another shape.
   """
   given = module.get_variable('params', name)
-  if isinstance(given, Indexed) or _compacted(given, axes, shape):
+  if isinstance(given, Compacted):
+    return given.value
+  if isinstance(given, Indexed):
     return given
   # Flax wants each name once; further small axes are replicated all the same.
   named = tuple(None if a in axes[:i] else a for i, a in enumerate(axes))
@@ -67,16 +75,6 @@ def dot(x: jax.Array, w: jax.Array | Indexed, dtype: Dtype) -> jax.Array:
   on CPUs that is three times slower than bfloat16 tiles.
   """
   return _differentiable_dot(x, w.take() if isinstance(w, Indexed) else w, dtype)
-
-
-def _compacted(given: Any, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
-  """Whether an array is `shape` but for fewer heads or hidden channels."""
-  if not isinstance(given, jax.Array) or given.ndim != len(shape) or given.shape == tuple(shape):
-    return False
-  return all(
-    left == size or (axis in ('heads', 'mlp') and left < size)
-    for left, axis, size in zip(given.shape, axes, shape)
-  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

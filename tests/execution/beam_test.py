@@ -177,6 +177,8 @@ def test_searching_ends_with_the_last_utterance():
   ('options', 'message'),
   [
     ({'beam': 0}, 'beam of 0 holds no hypothesis'),
+    ({'beam': 2, 'length_penalty': float('nan')}, 'length_penalty is nan; it must be a number'),
+    ({'maxlenratio': float('inf')}, 'maxlenratio is inf'),
     ({'maxlenratio': -2.5}, 'maxlenratio -2.5: below 0 it is a number of tokens'),
     ({'maxlenratio': 0.2, 'minlenratio': 0.3}, 'more tokens than maxlenratio 0.2 allows'),
     ({'maxlenratio': -2, 'minlenratio': -3}, 'more tokens than maxlenratio -2'),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tiny_speech
 
+from gatedfm.benchmarks import ways
 from gatedfm.execution.compact import compact, compact_units
+from gatedfm.execution.layerwise import Layerwise
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models.speech import for_inference
 from gatedfm.models.speech_config import ENCODER_MODULES
@@ -114,6 +116,7 @@ def test_which_units_a_site_has():
     ({'encoder/ffn1': np.ones(2)}, 'unknown sites'),
     ({'encoder/attention_heads': np.ones((2, 3))}, 'is not 2 units'),
     ({'encoder/attention_heads': np.full((2, 2), 0.5)}, 'attention_heads lie between'),
+    ({'encoder/attention_heads': np.ones((2, 3, 2))}, 'attention_heads differ by example'),
   ],
 )
 def test_what_cannot_be_cut(gates, message):
@@ -122,11 +125,41 @@ def test_what_cannot_be_cut(gates, message):
     compact_units(params, Gates(gates), built.cfg)
 
 
-def test_another_width_is_still_an_error():
-  """Fewer heads and channels are; fewer features are a wrong checkpoint."""
+def test_a_single_head_has_gates_of_layers():
+  cfg = tiny_speech.config(heads=1)
+  built, params = for_inference(cfg, tiny_speech.random_tree(tiny_speech.shapes(cfg)))
+  heads = Gates({'encoder/attention_heads': np.array([0.0, 1.0])})
+  small = compact_units(params, heads, built.cfg)['encoder']['layers']
+  widths = [
+    small[f'layers_{i}']['attention']['attention']['query']['kernel'].value.shape[1] for i in (0, 1)
+  ]
+  assert widths == [0, 8]
+
+
+def test_stacked_parameters_are_refused():
+  built, params = for_inference(tiny_speech.config(), tiny_speech.params(), 'skip', True)
+  with pytest.raises(
+    ValueError, match="encoder/ffn1_channels: the encoder's parameters are stacked"
+  ):
+    compact_units(params, random_units(built.cfg, 0), built.cfg)
+
+
+def test_layers_called_from_the_host_have_widths_of_their_own():
   built, params = model()
-  wrong = jax.tree.map(lambda x: x, params)
-  kernel = wrong['encoder']['layers']['layers_0']['ffn1']['ffn']['w_1']['kernel']
-  wrong['encoder']['layers']['layers_0']['ffn1']['ffn']['w_1']['kernel'] = kernel[:-1]
+  small = compact_units(params, random_units(built.cfg, 1), built.cfg)
+  x_BxSxD, mask_BxS = jax.random.normal(jax.random.key(0), (1, 8, 8)), jnp.ones((1, 8), bool)
+  open_ = Pattern(
+    tuple((s.name, (True,) * s.layers) for s in built.cfg.all_sites() if s.stack == 'encoder')
+  )
+  got = Layerwise(built.cfg)(small['encoder'], x_BxSxD, mask_BxS, open_)
+  want = tiny_speech.jit(functools.partial(ways.encode, built, gates={}))(small, x_BxSxD)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('changes', [{'encoder_ffn': 24}, {'cgmlp': 24}, {'d': 16}])
+def test_parameters_of_another_width_are_an_error(changes):
+  """Nobody has compacted them: it is another model's checkpoint."""
+  built, params = for_inference(tiny_speech.config(**changes), tiny_speech.params())
+  run = lambda: jax.eval_shape(lambda: built.apply({'params': params}, *tiny_speech.inputs(1)))
   with pytest.raises(Exception, match='shape'):
-    jax.eval_shape(lambda: built.apply({'params': wrong}, *tiny_speech.inputs(1)))
+    run()

@@ -15,7 +15,9 @@ from gatedfm.execution import ctc_prefix, decoding
 from gatedfm.execution import recognizer as recognizer_lib
 from gatedfm.execution.auto import choose
 from gatedfm.execution.recognizer import Recognizer
+from gatedfm.gates import Pattern
 from gatedfm.models.speech import SpeechModel
+from gatedfm.models.speech_config import ConfigError
 from gatedfm.nn import gating
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers import step
@@ -261,6 +263,25 @@ def test_unknown_languages_and_tasks(mask):
     mask(mel, frames, 'asr', ['deu'] * 4)
   with pytest.raises(ValueError, match="unknown task 'st_fra'.*asr lid st_eng"):
     mask(mel, frames, 'st_fra', LANGUAGES)
+
+
+@pytest.mark.parametrize(
+  ('cut', 'message'),
+  [
+    (lambda mel, frames, names: (mel[..., :40], frames, names), r'not \[B, T, 80\]'),
+    (lambda mel, frames, names: (mel, frames[:2], names), '4 utterances, 2 lengths and 4'),
+    (lambda mel, frames, names: (mel, frames, names[:1]), '4 lengths and 1 languages'),
+  ],
+)
+def test_arrays_that_do_not_belong_together(mask, cut, message):
+  mel, frames, names = cut(*features(), LANGUAGES)
+  with pytest.raises(ValueError, match=message):
+    mask(mel, frames, 'asr', names)
+
+
+def test_a_pattern_is_of_compact_alone(trained, assets):
+  with pytest.raises(ConfigError, match='skip execution has no fixed pattern'):
+    Recognizer(*trained, assets, 'skip', pattern=Pattern(()))
 
 
 def test_buckets():

@@ -119,11 +119,12 @@ def test_predicted_gates_are_the_gates_used():
     np.testing.assert_array_equal(given.gates[name], value)
 
 
+@pytest.mark.parametrize('scanned', [False, True])
 @pytest.mark.parametrize('scope', ['global', 'layer'])
-def test_skip_follows_the_predictor(scope):
+def test_skip_follows_the_predictor(scope, scanned):
   cfg, params, run = program(scope)
   masked = run(*arguments())
-  model, unrolled = for_inference(cfg, params, 'skip')
+  model, unrolled = for_inference(cfg, params, 'skip', scanned)
   skip = tiny_speech.jit(functools.partial(encode, model))
   x, frames, language, task = arguments()
   for b in range(2):
