@@ -66,29 +66,23 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f'--{name} is of --suite={"|".join(suites)}: drop it')
     suite, model = _SUITE.value, stacks.model(_MODEL.value, _DTYPE.value)
     pruned, rounds, seed = stacks.shares(_PRUNED.value), _ROUNDS.value, _SEED.value
+    shared = {'pruned': pruned, 'rounds': rounds, 'seed': seed}
+    if _CONTEXTS.value is not None:
+      shared['contexts'] = _CONTEXTS.value
     if suite == 'stream':
-      contexts = 8 if _CONTEXTS.value is None else _CONTEXTS.value
-      kind, case = (
-        traffic,
-        traffic.Traffic(model, _UTTERANCES.value, contexts, pruned, rounds=rounds, seed=seed),
-      )
+      kind, case = traffic, traffic.Traffic(model, _UTTERANCES.value, **shared)
     else:
-      kind, case = (
-        stacks,
-        stacks.Case(
-          suite,
-          model,
-          _BATCH.value,
-          _FRAMES.value,
-          _TOKENS.value,
-          1 if _CONTEXTS.value is None else _CONTEXTS.value,
-          pruned,
-          _MASKS.value,
-          rounds,
-          seed,
-          _AGAINST.value,
-          tuple(_STACKS.value),
-        ),
+      kind = stacks
+      case = stacks.Case(
+        suite,
+        model,
+        _BATCH.value,
+        _FRAMES.value,
+        _TOKENS.value,
+        masks=_MASKS.value,
+        against=_AGAINST.value,
+        stacks=tuple(_STACKS.value),
+        **shared,
       )
     case.validate()
     path = mains.folder(_JSON.value) if _JSON.value else None

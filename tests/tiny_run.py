@@ -6,6 +6,7 @@ the dense and the gated model.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -131,6 +132,24 @@ def complete(cfg, assets):
 
 def make_assets(cfg):
   return corpus.make_assets(cfg.data, cfg.vocab, Path(cfg.data_dir), False)
+
+
+def random_model(folder, assets, **gates):
+  """Configuration and random parameters of the gated model, whose gates follow their context."""
+  import flax.linen as nn
+  import jax
+  import tiny_speech
+
+  from gatedfm.trainers import step
+
+  cfg = complete(gated(folder), assets).model
+  cfg.gates = dataclasses.replace(cfg.gates, **gates)
+  shapes = jax.eval_shape(lambda: nn.unbox(step.init_params(cfg, jax.random.key(0))))
+  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
+  for name in set(params) & {'encoder_gates', 'decoder_gates'}:
+    mlp = params[name]['mlp']
+    mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
+  return cfg, params
 
 
 def start(folder, main, *arguments, **variables):

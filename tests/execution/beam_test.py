@@ -16,7 +16,6 @@ from gatedfm.execution.recognizer import Recognizer
 from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.nn import gating
-from gatedfm.trainers import step as step_lib
 
 VOCAB, FRAMES, EOS = 4, 5, 3  # blank, two letters, the end
 WRITABLE = Vocabulary(EOS, np.array([False, True, True, True]), np.array([1]))
@@ -224,12 +223,7 @@ def assets(tone_data):
 @pytest.fixture(scope='module')
 def trained(tone_data, assets):
   """A gated model of random parameters, whose texts end and follow the speech."""
-  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
-  shapes = jax.eval_shape(lambda: step_lib.nn.unbox(step_lib.init_params(cfg, jax.random.key(0))))
-  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
-  for stack in ('encoder_gates', 'decoder_gates'):  # which follow their context
-    mlp = params[stack]['mlp']
-    mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
+  cfg, params = tiny_run.random_model(tone_data, assets)
   output = params['decoder']['output']
   output['bias'] = output['bias'].at[-2].add(3.0)
   return cfg, params

@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from gatedfm.execution import alignment, ctc_decoding, ctc_prefix
 from gatedfm.execution.decoding import Search
 from gatedfm.execution.recognizer import Recognizer
 from gatedfm.nn import gating
-from gatedfm.trainers import step
 
 LANGUAGES = ['fra', 'rus', 'rus']
 LENGTHS = np.array([64, 50, 33], np.int32)
@@ -27,9 +25,7 @@ def assets(tone_data):
 @pytest.fixture(scope='module')
 def trained(tone_data, assets):
   """Random parameters, with blanks and without symbols, which CTC never learns."""
-  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
-  shapes = jax.eval_shape(lambda: step.nn.unbox(step.init_params(cfg, jax.random.key(0))))
-  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
+  cfg, params = tiny_run.random_model(tone_data, assets)
   symbols = np.array([token[0] == '<' for token in assets.tokenizer.tokens])
   bias = jnp.where(symbols, -50.0, params['ctc']['bias'])
   params['ctc']['bias'] = bias.at[ctc_prefix.BLANK].set(1.0)

@@ -1,6 +1,5 @@
 """Programs per gate pattern write what one program for all gates writes."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -28,15 +27,8 @@ def assets(tone_data):
 
 def make(tone_data, assets, executions=('skip', 'static'), **changes):
   """Recognizers of one gated model of random parameters, whose gates follow their context."""
-  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
-  cfg.gates = dataclasses.replace(cfg.gates, **changes)
-  shapes = jax.eval_shape(lambda: step.nn.unbox(step.init_params(cfg, jax.random.key(0))))
-  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
-  for name in ('encoder_gates', 'decoder_gates'):
-    if name in params:
-      mlp = params[name]['mlp']
-      mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
-  return [Recognizer(cfg, params, assets, x, ctc_weight=0.5) for x in executions]
+  model = tiny_run.random_model(tone_data, assets, **changes)
+  return [Recognizer(*model, assets, x, ctc_weight=0.5) for x in executions]
 
 
 @pytest.fixture(scope='module')

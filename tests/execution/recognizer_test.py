@@ -20,7 +20,6 @@ from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.nn import gating
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers import step
 
 LENGTHS = np.array([64, 50, 33, 64])
 LANGUAGES = ['fra', 'rus', 'rus', 'fra']
@@ -34,12 +33,7 @@ def assets(tone_data):
 @pytest.fixture(scope='module')
 def trained(tone_data, assets):
   """A gated model of random parameters, whose outputs are long and differ."""
-  cfg = tiny_run.complete(tiny_run.gated(tone_data), assets).model
-  shapes = jax.eval_shape(lambda: step.nn.unbox(step.init_params(cfg, jax.random.key(0))))
-  params = tiny_speech.random_tree(shapes, seed=1, scale=0.6)
-  for stack in ('encoder_gates', 'decoder_gates'):  # which follow their context
-    mlp = params[stack]['mlp']
-    mlp['kernel'], mlp['bias'] = 3 * mlp['kernel'], 0 * mlp['bias']
+  cfg, params = tiny_run.random_model(tone_data, assets)
   # Texts should end, but not all at once, and follow the speech.
   output = params['decoder']['output']
   output['bias'] = output['bias'].at[-2].add(3.0)
