@@ -21,6 +21,9 @@ _SUITE = flags.DEFINE_enum(
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
 )
+_SUBSAMPLING = flags.DEFINE_integer(
+  'subsampling_channels', 0, "Of the convolutions before the encoder; 0: the width, as ESPnet's."
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.')
 _BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
 _FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
@@ -49,6 +52,7 @@ _READ_BY = {
   'tokens': ('decoder', 'utterance'),
   'against': ('encoder', 'decoder', 'train'),
   'stacks': ('utterance',),
+  'subsampling_channels': ('utterance', 'stream'),
   'utterances': ('stream',),
 }
 
@@ -64,7 +68,8 @@ def main(argv: list[str]) -> None:
     for name, suites in _READ_BY.items():
       if flags.FLAGS[name].present and _SUITE.value not in suites:
         raise ConfigError(f'--{name} is of --suite={"|".join(suites)}: drop it')
-    suite, model = _SUITE.value, stacks.model(_MODEL.value, _DTYPE.value)
+    suite = _SUITE.value
+    model = stacks.model(_MODEL.value, _DTYPE.value, subsampling_channels=_SUBSAMPLING.value)
     pruned, rounds, seed = stacks.shares(_PRUNED.value), _ROUNDS.value, _SEED.value
     shared = {'pruned': pruned, 'rounds': rounds, 'seed': seed}
     if _CONTEXTS.value is not None:

@@ -119,8 +119,16 @@ class Case:
     return [s for s in self.model.all_sites() if s.stack in stacks]
 
 
-def model(shape: str, dtype: str, vocabulary: int = 1000) -> SpeechConfig:
+def model(
+  shape: str, dtype: str, vocabulary: int = 1000, subsampling_channels: int = 0
+) -> SpeechConfig:
   """A model of `layers x width` (both stacks; heads of 64, or one narrower) or of OWSM's shapes.
+
+  Args:
+    shape: `6x256`, say, or `base`, `small`, `medium`.
+    dtype: of matrix products.
+    vocabulary: of `layers x width`.
+    subsampling_channels: of the convolutions before the encoder; 0 means as wide as the model.
 
   Raises:
     ConfigError: a shape that is neither.
@@ -139,7 +147,13 @@ def model(shape: str, dtype: str, vocabulary: int = 1000) -> SpeechConfig:
       raise ConfigError(
         f'model {shape!r} is neither layers x width, such as 6x256, nor base, small or medium'
       ) from None
-  return dataclasses.replace(cfg, dtype=dtype, dropout=0.0, attention_dropout=0.0)
+  return dataclasses.replace(
+    cfg,
+    dtype=dtype,
+    subsampling_channels=subsampling_channels,
+    dropout=0.0,
+    attention_dropout=0.0,
+  )
 
 
 def shares(texts: Sequence[str]) -> tuple[float, ...]:

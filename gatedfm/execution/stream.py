@@ -33,7 +33,7 @@ class Batcher:
   """Queues, and which batch to serve next.
 
   Args:
-    sizes: batch sizes that programs exist for, with 1 among them.
+    sizes: batch sizes that programs exist for, with 1 among them; kept sorted.
     latency: seconds; whoever has waited longer goes first, however few are like them. Else the
       longest queue does.
     fill: a batch of fewer than a size's rows is padded to it if they are at least this share of
@@ -45,7 +45,7 @@ class Batcher:
   """
 
   def __init__(
-    self, sizes: Sequence[int] = (1, 2, 4, 8, 16), latency: float = 0.5, fill: float = 0.5
+    self, sizes: Sequence[int] = (1, 2, 4, 8, 16), latency: float = 0.5, fill: float = 0.75
   ):
     if 1 not in sizes or min(sizes) < 1:
       raise ValueError(f'sizes {tuple(sizes)} must be positive, and one of them 1')
@@ -53,7 +53,7 @@ class Batcher:
       raise ValueError(f'latency is {latency}; it is a time in seconds')
     if not 0 < fill <= 1:
       raise ValueError(f'fill is {fill}; it is a share of rows in (0, 1]')
-    self._sizes, self._latency, self._fill = sorted(sizes), latency, fill
+    self.sizes, self._latency, self._fill = tuple(sorted(sizes)), latency, fill
     self._queues: dict[Hashable, collections.deque[Waiting]] = {}
 
   def add(self, waiting: Waiting) -> None:
@@ -72,19 +72,19 @@ class Batcher:
       # Of equally long ones, that of whoever came first.
       oldest = min(
         self._queues,
-        key=lambda n: (-min(len(self._queues[n]), self._sizes[-1]), self._queues[n][0].arrival),
+        key=lambda n: (-min(len(self._queues[n]), self.sizes[-1]), self._queues[n][0].arrival),
       )
     queue = self._queues[oldest]
-    number = min(len(queue), self._sizes[-1])
+    number = min(len(queue), self.sizes[-1])
     if number < self._fill * self._holding(number):
-      number = max(s for s in self._sizes if s <= number)
+      number = max(s for s in self.sizes if s <= number)
     batch = [queue.popleft() for _ in range(number)]
     if not queue:
       del self._queues[oldest]
     return batch
 
   def _holding(self, number: int) -> int:
-    return next(s for s in self._sizes if s >= number)
+    return next(s for s in self.sizes if s >= number)
 
   def padded(self, items: Sequence[Any]) -> list[Any]:
     """The items of a batch, the last of them repeated up to one of the sizes."""

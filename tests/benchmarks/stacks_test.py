@@ -144,6 +144,7 @@ def test_what_cannot_be_timed(change, message):
 def test_shapes():
   assert stacks.model('small', 'bfloat16').d == 768
   assert stacks.model('3x128', 'float32').heads == 2
+  assert stacks.model('1x64', 'float32', subsampling_channels=16).subsampling_channels == 16
   for shape in ('huge', '0x4', '6x'):
     with pytest.raises(ConfigError, match=f"model '{shape}' is neither layers x width.*small"):
       stacks.model(shape, 'float32')
