@@ -24,13 +24,16 @@ def run(main: Callable[[list[str]], None]) -> None:
 
   def parse(argv: list[str]) -> list[str]:
     try:
-      return flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)
     except SystemExit as e:  # absl ends --help, which it answers here, with 1
       raise SystemExit(e.code if _place(e) else 0) from None
     except (KeyError, AttributeError, OSError, flags.Error) as e:
       if os.environ.get('GATEDFM_TRACEBACK'):
         raise
       raise SystemExit(f'error: {_explain(e)}') from None
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # orbax and jax tell much that is not for users
+    return rest
 
   app.run(main, flags_parser=parse)
 
@@ -153,7 +156,6 @@ def set_up() -> None:
   """
   import jax
 
-  logging.set_verbosity(logging.WARNING)  # orbax and jax tell much that is not for users
   if several_hosts():
     # Where no cluster manager tells, the environment does.
     given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
