@@ -25,7 +25,6 @@ from gatedfm.nn import attention, cgmlp, gating, layers
 from gatedfm.partitioning import constrain
 
 Gates = dict[str, jax.Array]
-ACTIVATIONS = {'swish': layers.swish, 'relu': jax.nn.relu}
 
 
 class FfnBranch(nn.Module):
@@ -43,7 +42,7 @@ class FfnBranch(nn.Module):
   ) -> jax.Array:
     y = layers.LayerNorm(name='norm')(x)
     ffn = layers.FeedForward(
-      self.hidden, ACTIVATIONS[self.activation], self.dropout, self.dtype, name='ffn'
+      self.hidden, layers.ACTIVATIONS[self.activation], self.dropout, self.dtype, name='ffn'
     )
     return self.scale * nn.Dropout(self.dropout)(ffn(y, deterministic, channels), deterministic)
 

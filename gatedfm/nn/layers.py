@@ -37,9 +37,15 @@ class Indexed:
 
 @flax.struct.dataclass
 class Compacted:
-  """A parameter of a module of which heads or hidden channels have been cut out."""
+  """A parameter of a module of which heads or hidden channels have been cut out.
+
+  Attributes:
+    value: what is left of it.
+    kept: which of the module's units those are; () where nobody asks.
+  """
 
   value: jax.Array
+  kept: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def param(
@@ -126,6 +132,9 @@ def gelu(x: jax.Array) -> jax.Array:
   return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
 
 
+ACTIVATIONS = {'swish': swish, 'relu': jax.nn.relu, 'gelu': gelu}
+
+
 @functools.partial(jax.jit, static_argnames='epsilon')
 def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
   """Layer normalisation over the last axis in float32, returned in x's dtype.
@@ -139,6 +148,14 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -
   return (y * scale + bias).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames='epsilon')
+def normalize_rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """`x / rms(x) * scale` over the last axis in float32, returned in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)
+  return (y * scale).astype(x.dtype)
+
+
 class Linear(nn.Module):
   """`x @ kernel + bias` over the last axis, `[..., in] -> [..., features]`.
 
@@ -146,16 +163,20 @@ class Linear(nn.Module):
     features: output width.
     axes: logical names of the kernel's (input, output) axes.
     dtype: of the product's operands; the result has x's dtype, parameters are float32.
+    use_bias: False leaves the bias out.
   """
 
   features: int
   axes: tuple[str, str]
   dtype: Dtype = jnp.float32
   kernel_init: Callable = nn.initializers.xavier_uniform()
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = param(self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features))
+    if not self.use_bias:
+      return dot(x, kernel, self.dtype)
     width = self.features if isinstance(kernel, Indexed) else kernel.shape[-1]
     bias = param(self, 'bias', nn.initializers.zeros, ('small',), (width,))
     return dot(x, kernel, self.dtype) + bias.astype(x.dtype)
@@ -173,26 +194,49 @@ class LayerNorm(nn.Module):
     return normalize(x, scale, bias, self.epsilon)
 
 
+class RMSNorm(nn.Module):
+  """Root mean square normalisation over the last axis (Zhang and Sennrich, 2019), in float32."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = param(self, 'scale', nn.initializers.ones, ('small',), (x.shape[-1],))
+    return normalize_rms(x, scale, self.epsilon)
+
+
 class FeedForward(nn.Module):
-  """`w_2(dropout(activation(w_1 x)))`, `[B, T, D] -> [B, T, D]`."""
+  """`w_2(dropout(activation(w_1 x)))`, `[B, T, D] -> [B, T, D]`.
+
+  Attributes:
+    gated: multiplies `w_1 x` by `activation(w_gate x)` in place of activating it (SwiGLU:
+      Shazeer, "GLU Variants Improve Transformer", 2020).
+    use_bias: whether the products have biases.
+  """
 
   hidden: int
   activation: Callable[[jax.Array], jax.Array]
   dropout: float = 0.0
   dtype: Dtype = jnp.float32
+  gated: bool = False
+  use_bias: bool = True
 
   @nn.compact
   def __call__(
     self, x_BxTxD: jax.Array, deterministic: bool = True, channels: jax.Array | None = None
   ) -> jax.Array:
     """With `channels`, gates of the hidden channels, `[1 or B, F]`."""
-    d = x_BxTxD.shape[-1]
-    h_BxTxF = Linear(self.hidden, ('embed', 'mlp'), self.dtype, name='w_1')(x_BxTxD)
-    h_BxTxF = self.activation(h_BxTxF)
+    linear = functools.partial(Linear, dtype=self.dtype, use_bias=self.use_bias)
+    inward = lambda name: linear(self.hidden, ('embed', 'mlp'), name=name)(x_BxTxD)
+    h_BxTxF = inward('w_1')
+    if self.gated:
+      h_BxTxF = h_BxTxF * self.activation(inward('w_gate'))
+    else:
+      h_BxTxF = self.activation(h_BxTxF)
     if channels is not None:
       h_BxTxF = h_BxTxF * channels[:, None].astype(h_BxTxF.dtype)
     h_BxTxF = nn.Dropout(self.dropout)(h_BxTxF, deterministic)
-    return Linear(d, ('mlp', 'embed'), self.dtype, name='w_2')(h_BxTxF)
+    return linear(x_BxTxD.shape[-1], ('mlp', 'embed'), name='w_2')(h_BxTxF)
 
 
 @functools.partial(jax.jit, static_argnames='flip')

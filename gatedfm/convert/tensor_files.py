@@ -1,0 +1,187 @@
+"""Named arrays in files of Hugging Face checkpoints, read one at a time and without torch.
+
+`model.safetensors`, `pytorch_model.bin` (a zip of a pickle and raw data) and the indexes of either
+that name many such files. Pickles are read by an unpickler that knows tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+import mmap
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from gatedfm.data.types import DataError
+
+NAMES = (
+  'model.safetensors.index.json',
+  'model.safetensors',
+  'pytorch_model.bin.index.json',
+  'pytorch_model.bin',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+  """An array that is read when it is asked for."""
+
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
+
+
+Tensors = Mapping[str, LazyTensor]
+
+
+def in_folder(folder: Path) -> dict[str, LazyTensor]:
+  """All tensors of a checkpoint's folder, by name.
+
+  Raises:
+    DataError: no such files, or damaged or hostile ones; it is named.
+  """
+  if not folder.is_dir():
+    raise DataError(f'{folder} is not a folder: give that of a checkpoint, with its config.json')
+  found = next((folder / name for name in NAMES if (folder / name).exists()), None)
+  if found is None:
+    raise DataError(f'{folder} holds none of {", ".join(NAMES)}')
+  if found.suffix != '.json':
+    return in_file(found)
+  try:
+    parts = json.loads(found.read_text())['weight_map']
+    files = {part: in_file(folder / part) for part in sorted(set(parts.values()))}
+    return {name: files[part][name] for name, part in parts.items()}
+  except (KeyError, TypeError, ValueError) as e:
+    raise DataError(f'{found}: not an index of the files beside it ({e!r})') from None
+
+
+def in_file(path: Path) -> dict[str, LazyTensor]:
+  """The tensors of one file, by name; see `in_folder`."""
+  if not path.exists():
+    raise DataError(f'{path} is missing: fetch all files of the checkpoint')
+  return _safetensors(path) if path.suffix == '.safetensors' else _torch_zip(path)
+
+
+def _safetensors(path: Path) -> dict[str, LazyTensor]:
+  try:
+    file = safetensors.safe_open(path, 'numpy')
+  except safetensors.SafetensorError as e:
+    raise DataError(f'{path}: {e}') from None
+
+  def lazy(name: str) -> LazyTensor:
+    return LazyTensor(tuple(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+
+  names = file.keys()  # itself no mapping
+  return {name: lazy(name) for name in names}
+
+
+_DTYPES = {
+  'FloatStorage': np.float32,
+  'HalfStorage': np.float16,
+  'BFloat16Storage': ml_dtypes.bfloat16,
+  'DoubleStorage': np.float64,
+  'LongStorage': np.int64,
+  'IntStorage': np.int32,
+  'ByteStorage': np.uint8,
+  'BoolStorage': np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+  dtype: Any
+  key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+  """A tensor as a pickle describes it: where in a storage, and in which strides."""
+
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+def _view(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _View:
+  return _View(storage, offset, tuple(shape), tuple(strides))
+
+
+_KNOWN = {
+  ('collections', 'OrderedDict'): collections.OrderedDict,
+  ('torch._utils', '_rebuild_tensor_v2'): _view,
+  ('torch._utils', '_rebuild_parameter'): lambda view, *rest: view,
+  **{('torch', name): name for name in _DTYPES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+  """Knows tensors; whatever else a pickle names would be run, and is refused."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) not in _KNOWN:
+      raise pickle.UnpicklingError(f'it asks for {module}.{name}, which is no part of a tensor')
+    return _KNOWN[module, name]
+
+  def persistent_load(self, pid: Any) -> _Storage:
+    kind, dtype, key, *_ = pid
+    if kind != 'storage' or dtype not in _DTYPES:
+      raise pickle.UnpicklingError(f'it holds a {kind} of {dtype}')
+    return _Storage(_DTYPES[dtype], key)
+
+
+def _torch_zip(path: Path) -> dict[str, LazyTensor]:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = {info.filename: info for info in archive.infolist()}
+      (data,) = [name for name in members if name.endswith('/data.pkl')]
+      state = _Unpickler(io.BytesIO(archive.read(data))).load()
+  except zipfile.BadZipFile:
+    raise DataError(
+      f'{path} is no zip archive: damaged, or written by torch before 1.6; load it there and save '
+      'it again'
+    ) from None
+  except Exception as e:  # whatever a damaged or hostile pickle raises
+    raise DataError(f'{path}: its pickle is not one of plain tensors: {e}') from None
+  if not isinstance(state, dict) or not all(isinstance(v, _View) for v in state.values()):
+    raise DataError(f'{path} holds something else than named tensors')
+  with path.open('rb') as file:
+    raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  prefix = data.removesuffix('data.pkl')
+  return {
+    name: _lazy(path, raw, view, members.get(f'{prefix}data/{view.storage.key}'))
+    for name, view in state.items()
+  }
+
+
+def _lazy(path: Path, raw: mmap.mmap, view: _View, member: zipfile.ZipInfo | None) -> LazyTensor:
+  """A view into the archive; storages are stored in it as they are, uncompressed."""
+  dtype = np.dtype(view.storage.dtype)
+  last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides))
+  empty = 0 in view.shape
+  if member is None or member.compress_type or min(view.strides, default=0) < 0 or view.offset < 0:
+    raise DataError(f'{path}: storage {view.storage.key} is missing or compressed')
+  if not empty and (last + 1) * dtype.itemsize > member.file_size:
+    raise DataError(f'{path}: a tensor reaches beyond its storage {view.storage.key}')
+
+  def read() -> np.ndarray:
+    # Behind the local header, whose name and extra fields have lengths of their own.
+    name, extra = struct.unpack_from('<HH', raw, member.header_offset + 26)
+    start = member.header_offset + 30 + name + extra
+    count = member.file_size // dtype.itemsize
+    flat = np.frombuffer(raw, dtype, count, start)
+    strides = [s * dtype.itemsize for s in view.strides]
+    return np.lib.stride_tricks.as_strided(
+      flat[view.offset :], view.shape, strides, writeable=False
+    )
+
+  return LazyTensor(view.shape, read)

@@ -1,0 +1,73 @@
+"""The language model against Hugging Face's torch modules, random weights."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+from gatedfm.convert import hf  # noqa: E402
+from gatedfm.convert.tensor_files import LazyTensor  # noqa: E402
+from gatedfm.models.lm import for_inference  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+SIZES = {'vocab_size': 67, 'hidden_size': 48, 'num_hidden_layers': 3, 'max_position_embeddings': 40}
+OPT = SIZES | {'num_attention_heads': 4, 'ffn_dim': 80, 'word_embed_proj_dim': 48, 'dropout': 0.0}
+LLAMA = SIZES | {'num_attention_heads': 6, 'intermediate_size': 80}
+CASES = {
+  'opt': ('OPT', OPT),
+  'opt_350m': ('OPT', OPT | {'do_layer_norm_before': False, 'word_embed_proj_dim': 20}),
+  'llama': ('Llama', LLAMA | {'num_key_value_heads': 6, 'tie_word_embeddings': False}),
+  'llama_gqa': ('Llama', LLAMA | {'num_key_value_heads': 2, 'tie_word_embeddings': True}),
+  'llama_wide': ('Llama', LLAMA | {'num_key_value_heads': 3, 'head_dim': 10, 'rms_norm_eps': 1e-5}),
+}
+
+
+@pytest.fixture(scope='module', params=CASES)
+def pair(request):
+  """Their module, and ours with its weights."""
+  kind, sizes = CASES[request.param]
+  torch.manual_seed(0)
+  theirs = getattr(transformers, f'{kind}ForCausalLM')(
+    getattr(transformers, f'{kind}Config')(**sizes)
+  )
+  with torch.no_grad():  # biases and norms too
+    for p in theirs.parameters():
+      p.add_(0.05 * torch.randn_like(p))
+  theirs.eval()
+  cfg = hf.config(theirs.config.to_dict())
+  state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+  lazy = {k: LazyTensor(v.shape, lambda v=v: v) for k, v in state.items()}
+  return theirs, cfg, hf.to_params(lazy, cfg), state
+
+
+def tokens(cfg, batch=3, length=17):
+  return np.random.default_rng(1).integers(3, cfg.vocab_size, (batch, length)).astype(np.int32)
+
+
+def theirs_logits(module, ids, mask):
+  with torch.no_grad():
+    return module(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits.numpy()
+
+
+@pytest.mark.parametrize('side', ['none', 'left', 'right'])
+def test_logits(pair, side):
+  theirs, cfg, params, _ = pair
+  ids, mask = tokens(cfg), np.ones((3, 17), bool)
+  if side != 'none':
+    for b, n in enumerate((0, 4, 9)):
+      mask[b, slice(0, n) if side == 'left' else slice(17 - n, 17)] = False
+  want = theirs_logits(theirs, np.where(mask, ids, 1), mask)
+  model, own = for_inference(cfg, params)
+  got = model.apply({'params': own}, ids, mask if side != 'none' else None)
+  np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_and_back(pair):
+  _, cfg, params, state = pair
+  back = dict(hf.to_theirs(params, cfg))
+  state = {k: v for k, v in state.items() if k != 'lm_head.weight' or not cfg.tied}
+  assert set(back) == set(state)
+  for name, value in state.items():
+    np.testing.assert_array_equal(back[name], value)
