@@ -20,9 +20,9 @@ from gatedfm.convert.tensor_files import Tensors
 from gatedfm.data import sources, wheels
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
+from gatedfm.execution import lm_workdir
+from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models.lm_config import LmConfig
-from gatedfm.trainers import lm_workdir
-from gatedfm.trainers.lm_workdir import LmCheckpoint
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them

@@ -12,6 +12,7 @@ from gatedfm import gates as gates_lib
 from gatedfm.gates import Gates, Pattern, Site
 from gatedfm.models import stack
 from gatedfm.models.gate_predictor import GATE_MODULES
+from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 from gatedfm.nn import gating
@@ -53,14 +54,17 @@ def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
 # Projections of a module's attention or FFN, and the axis along which its units lie.
 _ALONG = {
   'head': {'query': 1, 'key': 1, 'value': 1, 'out': 0},
-  'channel': {'w_1': 1, 'w_2': 0},
+  'channel': {'w_1': 1, 'w_gate': 1, 'w_2': 0},
 }
 
 
-def compact_units(params: dict[str, Any], gates: Gates, cfg: SpeechConfig) -> dict[str, Any]:
+def compact_units(
+  params: dict[str, Any], gates: Gates, cfg: SpeechConfig | LmConfig
+) -> dict[str, Any]:
   """The parameters without those of closed heads and hidden channels.
 
   A layer keeps as many as are open, each its own number. The model runs with them as it is.
+  Heads of keys and values stay as long as a query head reads them.
 
   Args:
     params: unrolled, never compacted by units before; modules that are gone stay so.
@@ -98,14 +102,19 @@ def compact_units(params: dict[str, Any], gates: Gates, cfg: SpeechConfig) -> di
 
 def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str, Any]:
   """An attention's or FFN's projections with the units that are kept."""
-  out = dict(params)
+  out, heads = dict(params), site.unit == 'head'
+  width = params['query']['kernel'].shape[1] // site.units if heads else 1
   for name, axis in _ALONG[site.unit].items():
-    linear = params[name]
-    width = linear['kernel'].shape[axis] // site.units  # of a head
-    columns = (kept[:, None] * width + np.arange(width)).ravel()
-    out[name] = linear | {'kernel': Compacted(jnp.take(linear['kernel'], columns, axis))}
-    if axis == 1:
-      out[name]['bias'] = Compacted(linear['bias'][columns])
+    if name not in params:
+      continue
+    linear, mine = params[name], kept
+    if name in ('key', 'value'):
+      mine = np.unique(kept // (site.units * width // linear['kernel'].shape[1]))
+    columns = (mine[:, None] * width + np.arange(width)).ravel()
+    units = tuple(mine.tolist())
+    out[name] = linear | {'kernel': Compacted(jnp.take(linear['kernel'], columns, axis), units)}
+    if axis == 1 and 'bias' in linear:
+      out[name]['bias'] = Compacted(linear['bias'][columns], units)
   return out
 
 

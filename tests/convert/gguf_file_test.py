@@ -6,7 +6,7 @@ import tiny_gguf
 
 from gatedfm.convert import gguf_file, hf, lm_files
 from gatedfm.data.types import DataError
-from gatedfm.trainers import lm_workdir
+from gatedfm.execution import lm_workdir
 
 
 @pytest.mark.parametrize('tied', [True, False])

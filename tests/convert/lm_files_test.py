@@ -14,12 +14,12 @@ from gatedfm import partitioning
 from gatedfm.convert import hf, lm_files
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
+from gatedfm.execution import lm_workdir
+from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig, llama
 from gatedfm.models.speech_config import ConfigError
-from gatedfm.trainers import lm_workdir
 from gatedfm.trainers.checkpoints import CheckpointError
-from gatedfm.trainers.lm_workdir import LmCheckpoint
 from gatedfm.trainers.workdirs import WorkdirError
 
 SIZES = {'vocab_size': 24, 'd': 12, 'layers': 2, 'ffn': 10, 'max_tokens': 12}

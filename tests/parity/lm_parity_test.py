@@ -16,9 +16,9 @@ import tiny_gguf  # noqa: E402
 
 from gatedfm.convert import hf, lm_files, tensor_files  # noqa: E402
 from gatedfm.convert.tensor_files import LazyTensor  # noqa: E402
+from gatedfm.execution import lm_workdir  # noqa: E402
+from gatedfm.execution.lm_workdir import LmCheckpoint  # noqa: E402
 from gatedfm.models.lm import for_inference  # noqa: E402
-from gatedfm.trainers import lm_workdir  # noqa: E402
-from gatedfm.trainers.lm_workdir import LmCheckpoint  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
