@@ -73,9 +73,10 @@ class Cost:
 class Gates:
   """Gate values by site name: 1 open, 0 closed, anything between in training.
 
-  Each value is a scalar (one gate for the whole site), `[N]` (per layer) or `[N, B]` (per
-  layer and example); sites with several units a layer carry a trailing `[..., U]`. A tuple of
-  N bools is a site whose gates are known on the host while a program is made (`Pattern.fixed`).
+  Each value is a scalar (one gate for the whole site), `[N]` (per layer), `[N, B]` (per
+  layer and example) or `[N, B, T]` (and per token, which only multiplies: for scoring); sites with
+  several units a layer carry a trailing `[..., U]`. A tuple of N bools is a site whose gates are
+  known on the host while a program is made (`Pattern.fixed`).
   """
 
   values: dict[str, jax.Array | tuple[bool, ...]]
@@ -113,10 +114,10 @@ def validate(gates: Gates, sites: Sequence[Site]) -> None:
       if shape[-1] != site.units:
         raise ValueError(f'gates of {site.name}: last axis of {shape} is not {site.units} units')
       shape = shape[:-1]
-    if len(shape) > 2 or (shape and shape[0] != site.layers):
+    if len(shape) > 3 or (shape and shape[0] != site.layers):
       raise ValueError(
-        f'gates of {site.name} have shape {given}; '
-        f'expected (), ({site.layers},) or ({site.layers}, batch) and one axis for several units'
+        f'gates of {site.name} have shape {given}; expected (), ({site.layers},), '
+        f'({site.layers}, batch) or ({site.layers}, batch, tokens) and one axis for several units'
       )
 
 

@@ -73,7 +73,7 @@ def test_stack_gives_units_a_layer_axis(shape):
     ({'encoder/ffn': 1.0, 'encoder/attention': 1.0}, r'missing for .*decoder/ffn'),
     ({s.name: 1.0 for s in SITES} | {'encoder/cgmlp': 1.0}, r'unknown sites .*encoder/cgmlp'),
     ({s.name: 1.0 for s in SITES} | {'decoder/ffn': np.ones(3)}, r'decoder/ffn .*\(2,\)'),
-    ({s.name: 1.0 for s in SITES} | {'decoder/ffn': np.ones((2, 1, 1))}, 'decoder/ffn'),
+    ({s.name: 1.0 for s in SITES} | {'decoder/ffn': np.ones((2, 1, 1, 1))}, 'decoder/ffn'),
   ],
 )
 def test_validate_names_the_site(values, named):
@@ -81,7 +81,7 @@ def test_validate_names_the_site(values, named):
     gates_lib.validate(Gates(values), SITES)
 
 
-@pytest.mark.parametrize('shape', [(), (3,), (3, 7)])
+@pytest.mark.parametrize('shape', [(), (3,), (3, 7), (3, 7, 5)])
 def test_validate_accepts_every_form(shape):
   gates_lib.validate(Gates({'a/b': np.ones(shape)}), [Site('a/b', 3)])
 

@@ -1,0 +1,170 @@
+"""One pass over calibration texts that collects all that the chosen scorers need.
+
+Gates stand at every module and unit, all of them 1: the derivative of the loss by a gate is the
+product of what the gate multiplies with its own derivative, `A . dL/dA`. Letters: N layers, B
+batch, L tokens, P targets, D model width, H heads, F hidden width, U units.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm.data.lm_batches import LmBatch
+from gatedfm.gates import Gates
+from gatedfm.models.lm import LanguageModel, LmAttention, LmFfn, for_inference
+from gatedfm.models.lm_config import STACK, LmConfig
+from gatedfm.nn import layers
+
+ATTENTION, FFN = f'{STACK}/attention', f'{STACK}/ffn'
+HEADS, CHANNELS = f'{STACK}/attention_heads', f'{STACK}/ffn_channels'
+NEEDS = ('gradients', 'activations')
+
+
+@flax.struct.dataclass
+class Stats:
+  """Sums over examples, by site.
+
+  Attributes:
+    examples: how many; tokens: all but the first of each; targets: that were predicted.
+    by_token: `sum_{b,t} |dL/dg[b,t]|`, `[N]` or `[N, H]` (of channels, by example).
+    by_example: `sum_b (sum_t dL/dg[b,t])^2`, `[N]` or `[N, U]`.
+    mean_square: `sum_b (mean_t |x|)^2` of what output projections read, `[N, H K]` and `[N, F]`.
+    square: `sum_{b,t} x^2` of the same.
+    influence: `sum_{b,t} 1 - cos(x, x + module(x))`, `[N]`.
+  """
+
+  examples: jax.Array
+  tokens: jax.Array
+  targets: jax.Array
+  by_token: dict[str, jax.Array]
+  by_example: dict[str, jax.Array]
+  mean_square: dict[str, jax.Array]
+  square: dict[str, jax.Array]
+  influence: dict[str, jax.Array]
+
+
+def losses(
+  model: LanguageModel,
+  params: Any,
+  tokens_BxL: jax.Array,
+  mask_BxL: jax.Array,
+  at_BxP: jax.Array,
+  gates: Gates | None = None,
+) -> jax.Array:
+  """Negative log-likelihood of each target, `[B, P]`; arguments as of `LmBatch`."""
+  call = lambda *args, **kwargs: model.apply({'params': params}, *args, **kwargs)
+  x_BxLxD = call(tokens_BxL, mask_BxL, gates, method='hidden')
+  x_BxPxD = jnp.take_along_axis(x_BxLxD, (at_BxP - 1)[..., None], 1)
+  target_BxP = jnp.take_along_axis(tokens_BxL, at_BxP, 1)
+  log_BxPxV = jax.nn.log_softmax(call(x_BxPxD, method='logits'))
+  return -jnp.take_along_axis(log_BxPxV, target_BxP[..., None], 2)[..., 0]
+
+
+def collect(
+  cfg: LmConfig,
+  params: Any,
+  batches: Iterable[LmBatch],
+  needs: Iterable[str] = NEEDS,
+  say: Callable[[str], None] = lambda line: None,
+) -> Stats:
+  """Runs the batches once.
+
+  An example's loss is the mean over its targets (Bansal et al., 2023, equation 8).
+
+  Args:
+    cfg, params: the dense model, in either layout.
+    batches: of `lm_batches.batches`.
+    needs: of `NEEDS`, what to collect; the rest stays empty.
+    say: is told how far it is.
+  """
+  model, params = for_inference(cfg, params)
+  needs = tuple(n for n in NEEDS if n in set(needs))
+  step = jax.jit(lambda params, *arrays: _step(model, params, needs, *arrays))
+  total = None
+  for i, b in enumerate(batches):
+    stats = step(params, b.tokens, b.mask, b.at, b.weight)
+    total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    say(f'calibration: {i + 1} batches')
+  if total is None:
+    raise ValueError('no calibration texts')
+  return jax.tree.map(np.asarray, total)
+
+
+def _step(model, params, needs, tokens_BxL, mask_BxL, at_BxP, weight_BxP) -> Stats:
+  real_B = weight_BxP.sum(1) > 0
+  seen_BxL = mask_BxL & real_B[:, None]
+  sums: dict[str, dict[str, jax.Array]] = {name: {} for name in Stats.__annotations__}
+  if 'gradients' in needs:
+    each_B = jnp.maximum(weight_BxP.sum(1, keepdims=True), 1)
+    loss = lambda gates: jnp.sum(
+      losses(model, params, tokens_BxL, mask_BxL, at_BxP, gates) * weight_BxP / each_B
+    )
+    slopes = jax.grad(loss)(_open(model.cfg, *tokens_BxL.shape))
+    for name, g in slopes.values.items():
+      g_NxBxTxU = g[:, :, None] if name == CHANNELS else g
+      sums['by_token'][name] = jnp.sum(jnp.abs(g_NxBxTxU), (1, 2))
+      sums['by_example'][name] = jnp.sum(jnp.square(jnp.sum(g_NxBxTxU, 2)), 1)
+  if 'activations' in needs:
+    for kind, found in _activations(model, params, tokens_BxL, mask_BxL, seen_BxL).items():
+      sums[kind] = found
+  count = lambda x: jnp.sum(x).astype(jnp.float32)
+  sums['examples'] = count(real_B)
+  sums['tokens'] = count(jnp.maximum(seen_BxL.sum(1) - 1, 0))
+  sums['targets'] = count(weight_BxP)
+  return Stats(**sums)
+
+
+def _open(cfg: LmConfig, batch: int, length: int) -> Gates:
+  """Gates of every token; of channels of every example, since they would be as large as x."""
+  sites = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites())}
+  each = (cfg.layers, batch, length)
+  return Gates(
+    {
+      ATTENTION: jnp.ones(each),
+      FFN: jnp.ones(each),
+      HEADS: jnp.ones((*each, sites[HEADS].units)),
+      CHANNELS: jnp.ones((cfg.layers, batch, sites[CHANNELS].units)),
+    }
+  )
+
+
+def _activations(model, params, tokens_BxL, mask_BxL, seen_BxL) -> dict[str, dict[str, Any]]:
+  """Forward statistics of each layer, stacked."""
+  rows: dict[tuple[str, str], list] = collections.defaultdict(list)
+  seen_BxLx1 = seen_BxL[..., None].astype(jnp.float32)
+  lengths_Bx1 = jnp.maximum(seen_BxLx1.sum(1), 1)
+
+  def listen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    module, out = context.module, call(*args, **kwargs)
+    if context.method_name != '__call__' or not args:
+      return out
+    x = args[0].astype(jnp.float32)
+    if isinstance(module, layers.Linear) and module.name in ('out', 'w_2'):
+      site = HEADS if module.name == 'out' else CHANNELS
+      mean_BxF = jnp.sum(jnp.abs(x) * seen_BxLx1, 1) / lengths_Bx1
+      rows['mean_square', site].append(jnp.sum(jnp.square(mean_BxF), 0))
+      rows['square', site].append(jnp.sum(jnp.square(x) * seen_BxLx1, (0, 1)))
+    elif isinstance(module, LmAttention | LmFfn):
+      site = ATTENTION if isinstance(module, LmAttention) else FFN
+      rows['influence', site].append(jnp.sum((1 - _cosine(x, x + out)) * seen_BxLx1[..., 0]))
+    return out
+
+  with nn.intercept_methods(listen):
+    model.apply({'params': params}, tokens_BxL, mask_BxL, method='hidden')
+  found: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+  for (kind, site), each in rows.items():
+    found[kind][site] = jnp.stack(each)
+  return found
+
+
+def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+  norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+  return jnp.sum(a * b, -1) / jnp.maximum(norms, 1e-12)

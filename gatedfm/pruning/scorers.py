@@ -1,0 +1,166 @@
+"""Scorers: how much each module or unit is worth, from what calibration collected.
+
+A scorer gives scores by site, `[N]` for modules and `[N, U]` for units, larger for what is worth
+more; it names what it needs. Sources: Michel et al., 2019; Bansal et al., 2023 (`taylor`); Kwon et
+al., 2022 (`fisher`); Muralidharan et al., 2024 (`activation`); Sun et al., 2024 (`wanda`); Men et
+al., 2024 (`influence`). Letters: N layers, H heads, K head width, F hidden width, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gatedfm.models import stack
+from gatedfm.models.lm_config import STACK, LmConfig
+from gatedfm.models.speech_config import choice
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, Stats
+
+Scores = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+  """What scorers read: the dense model (unrolled) and what was collected on it."""
+
+  cfg: LmConfig
+  params: Any
+  stats: Stats | None = None
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A function of `Calibrated`, and what of `calibration.NEEDS` it reads."""
+
+  score: Callable[[Calibrated], Scores]
+  needs: tuple[str, ...] = ()
+
+
+def taylor(x: Calibrated, layer_norm: bool = False) -> Scores:
+  """`E |A . dL/dA|`, the mean over tokens (Bansal et al., 2023).
+
+  Of the last layer only positions that predict a target have a derivative: its mean is over those.
+
+  Args:
+    x: calibrated with gradients.
+    layer_norm: divides each layer's scores by their L2 norm (Michel et al., 2019).
+  """
+  stats, out = x.stats, {}
+  for name, total in stats.by_token.items():
+    mean = np.array(total, np.float64)
+    mean[:-1] /= stats.tokens
+    mean[-1] /= stats.targets
+    if layer_norm and mean.ndim == 2:
+      mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-20)
+    out[name] = mean
+  return out
+
+
+def fisher(x: Calibrated) -> Scores:
+  """`sum_b (dL_b/dg)^2`, the diagonal of the gates' empirical Fisher matrix, example by example."""
+  return {name: np.array(v, np.float64) for name, v in x.stats.by_example.items()}
+
+
+def activation(x: Calibrated) -> Scores:
+  """L2 over examples of the mean |x| that output projections read; of a head over its channels."""
+  channels = {name: np.sqrt(v) for name, v in x.stats.mean_square.items()}
+  return _gathered(x.cfg, channels, lambda v: np.sqrt(np.sum(np.square(v), -1)))
+
+
+def wanda(x: Calibrated) -> Scores:
+  """`sum_j |W_ij| ||x_i||` of the output projection's rows i; of a head or module their sum."""
+  out = {}
+  for name, module, kernel in ((HEADS, 'attention', 'out'), (CHANNELS, 'ffn', 'w_2')):
+    weight_NxF = np.stack([np.abs(k).sum(1) for k in _kernels(x, module, kernel)])
+    out[name] = weight_NxF * np.sqrt(x.stats.square[name])
+  return _gathered(x.cfg, out, lambda v: np.sum(v, -1))
+
+
+def magnitude(x: Calibrated) -> Scores:
+  """L2 norm of a unit's row or rows of the output projection."""
+  out = {}
+  for name, module, kernel in ((HEADS, 'attention', 'out'), (CHANNELS, 'ffn', 'w_2')):
+    out[name] = np.stack([np.linalg.norm(k, axis=1) for k in _kernels(x, module, kernel)])
+  return _gathered(x.cfg, out, lambda v: np.sqrt(np.sum(np.square(v), -1)))
+
+
+def influence(x: Calibrated) -> Scores:
+  """`E [1 - cos(x, x + module(x))]` of modules; units have none."""
+  return {name: np.array(v) / x.stats.tokens for name, v in x.stats.influence.items()}
+
+
+def random(x: Calibrated) -> Scores:
+  """Uniform: the control that every other scorer has to beat."""
+  rng = np.random.default_rng(x.seed)
+  sites = (*x.cfg.all_sites(), *x.cfg.unit_sites())
+  return {s.name: rng.random((s.layers, s.units) if s.units > 1 else s.layers) for s in sites}
+
+
+SCORERS: dict[str, Scorer] = {
+  'taylor': Scorer(taylor, ('gradients',)),
+  'taylor_layer_norm': Scorer(lambda x: taylor(x, layer_norm=True), ('gradients',)),
+  'fisher': Scorer(fisher, ('gradients',)),
+  'activation': Scorer(activation, ('activations',)),
+  'wanda': Scorer(wanda, ('activations',)),
+  'magnitude': Scorer(magnitude),
+  'influence': Scorer(influence, ('activations',)),
+  'random': Scorer(random),
+}
+
+
+def get(name: str) -> Scorer:
+  """A scorer by name; raises ConfigError, with those that there are, on any other."""
+  choice('scorer', name, tuple(SCORERS))
+  return SCORERS[name]
+
+
+def _gathered(cfg: LmConfig, channels: Scores, over: Callable[[np.ndarray], np.ndarray]) -> Scores:
+  """Scores of channels `[N, H K]` and `[N, F]`; of heads and modules gathered from them."""
+  heads_NxHxK = channels[HEADS].reshape(cfg.layers, cfg.heads, cfg.width)
+  return {
+    HEADS: over(heads_NxHxK),
+    ATTENTION: over(channels[HEADS]),
+    CHANNELS: channels[CHANNELS],
+    FFN: over(channels[CHANNELS]),
+  }
+
+
+def _kernels(x: Calibrated, module: str, kernel: str) -> list[np.ndarray]:
+  """That matrix of each layer, `[in, out]`."""
+  layers = x.params[STACK]['layers']
+  inner = 'attention' if module == 'attention' else 'ffn'
+  return [
+    np.asarray(layers[f'{stack.PREFIX}{i}'][module][inner][kernel]['kernel'], np.float32)
+    for i in range(x.cfg.layers)
+  ]
+
+
+AGGREGATIONS = ('mean', 'rank', 'zscore')
+
+
+def aggregate(scores: Sequence[Mapping[str, np.ndarray]], how: str = 'mean') -> Scores:
+  """One score from those of several tasks.
+
+  Args:
+    scores: of each task, of the same sites.
+    how: `mean` (the paper's: tasks with large derivatives weigh more), `rank` (mean of the ranks
+      over a site) or `zscore` (mean of the standardised scores).
+
+  Raises:
+    ConfigError: another way. ValueError: no scores, or of differing sites.
+  """
+  choice('aggregation', how, AGGREGATIONS)
+  if not scores or any(set(s) != set(scores[0]) for s in scores):
+    raise ValueError('scores of several tasks must be of the same sites')
+
+  def each(v: np.ndarray) -> np.ndarray:
+    v = np.asarray(v, np.float64)
+    if how == 'rank':
+      return np.argsort(np.argsort(v, axis=None, kind='stable')).reshape(v.shape) / v.size
+    return (v - v.mean()) / max(v.std(), 1e-20) if how == 'zscore' else v
+
+  return {name: np.mean([each(s[name]) for s in scores], 0) for name in scores[0]}

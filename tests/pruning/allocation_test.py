@@ -1,0 +1,116 @@
+"""Budgets are kept, the lowest go, and shapes are what they say."""
+
+import numpy as np
+import pytest
+import tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatedfm.gates import Gates
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning.allocation import Allocation, allocate, combine, parse_budget
+from gatedfm.pruning.calibration import CHANNELS, FFN, HEADS
+
+CFG = tiny_lm.KINDS['llama']  # 3 layers, 6 heads on 2 of keys and values, 10 channels
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).random(shape)
+
+
+def test_budgets_are_read():
+  assert parse_budget('heads:0.7,ffn:0.2') == {HEADS: 0.7, FFN: 0.2}
+  assert parse_budget('channels:1') == {CHANNELS: 1.0}
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('', "budget ''"),
+    ('head:0.5', 'names are heads, ffn, attention, channels'),
+    ('heads', 'is not a number'),
+    ('heads:70', 'between 0 and 1'),
+    ('heads:0.1,heads:0.2', 'names heads twice'),
+  ],
+)
+def test_other_budgets_are_not(text, message):
+  with pytest.raises(ConfigError, match=message):
+    parse_budget(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 99), st.floats(0, 1), st.integers(0, 3))
+def test_the_lowest_go_and_the_floor_holds(seed, share, floor):
+  score = draw(seed, 3, 6)
+  if 18 - int(share * 18) < 3 * floor:
+    return
+  gates = allocate({HEADS: score}, {HEADS: share}, CFG, Allocation(floor=floor))[HEADS]
+  assert gates.shape == (3, 6)
+  assert (gates == 0).sum() == int(share * 18)
+  assert (gates.sum(1) >= floor).all()
+  if floor == 0 and 0 < int(share * 18) < 18:
+    assert score[gates == 0].max() < score[gates == 1].min()
+  for row, kept in zip(score, gates):  # in each layer the highest stay
+    assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[: int(kept.sum())])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.floats(0, 1))
+def test_shapes(seed, share):
+  score = draw(seed, 3, 10)
+  uniform = allocate({CHANNELS: score}, {CHANNELS: share}, CFG, Allocation('uniform'))[CHANNELS]
+  assert (uniform.sum(1) == 10 - int(share * 10)).all()
+  bucketed = allocate({CHANNELS: score}, {CHANNELS: share}, CFG, Allocation('bucketed', 4))
+  assert set(bucketed[CHANNELS].sum(1)) <= {0, 4, 8, 10}
+  for gates in (uniform, bucketed[CHANNELS]):
+    for row, kept in zip(score, gates):
+      assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[: int(kept.sum())])
+
+
+def test_groups_close_together():
+  score = draw(0, 3, 6)
+  gates = allocate({HEADS: score}, {HEADS: 0.5}, CFG, Allocation(groups=True))[HEADS]
+  by_group = gates.reshape(3, 2, 3)
+  assert (by_group.min(-1) == by_group.max(-1)).all()
+  assert (gates == 0).sum() == 9
+  sums = score.reshape(3, 2, 3).sum(-1)
+  closed = by_group[..., 0] == 0
+  assert sums[closed].max() < sums[~closed].min()
+
+
+def test_modules():
+  score = np.array([0.3, 0.1, 0.2])
+  for shape in ('ragged', 'uniform'):
+    gates = allocate({FFN: score}, {FFN: 0.34}, CFG, Allocation(shape))[FFN]
+    np.testing.assert_array_equal(gates, [1, 0, 1])
+  np.testing.assert_array_equal(allocate({FFN: score}, {FFN: 0.0}, CFG)[FFN], [1, 1, 1])
+  np.testing.assert_array_equal(allocate({FFN: score}, {FFN: 1.0}, CFG)[FFN], [0, 0, 0])
+
+
+def test_what_is_closed_stays_closed():
+  score = draw(1, 3, 6)
+  first = allocate({HEADS: score}, {HEADS: 0.3}, CFG)
+  # Scored anew, what is closed would look best.
+  again = np.where(first[HEADS] == 0, 9.0, draw(2, 3, 6))
+  second = allocate({HEADS: again}, {HEADS: 0.6}, CFG, closed=first)
+  assert (second[HEADS][first[HEADS] == 0] == 0).all()
+  assert (second[HEADS] == 0).sum() == int(0.6 * 18)
+
+
+def test_impossible_allocations():
+  score = {HEADS: draw(0, 3, 6)}
+  with pytest.raises(ConfigError, match='no scores of decoder/ffn; it has those of heads'):
+    allocate(score, {FFN: 0.1}, CFG)
+  with pytest.raises(ConfigError, match='fewer than 3 units'):
+    allocate(score, {HEADS: 0.9}, CFG, Allocation(floor=3))
+  with pytest.raises(ConfigError, match='shape'):
+    Allocation('square')
+  with pytest.raises(ConfigError, match='not finite'):
+    allocate({HEADS: np.full((3, 6), np.nan)}, {HEADS: 0.5}, CFG)
+
+
+def test_combine():
+  a = Gates({HEADS: np.array([[1.0, 0]]), FFN: np.ones(1)})
+  both = combine([a, Gates({HEADS: np.array([[0.0, 1]])})])
+  np.testing.assert_array_equal(both[HEADS], [[0, 0]])
+  np.testing.assert_array_equal(both[FFN], [1])
