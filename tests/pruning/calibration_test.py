@@ -1,10 +1,13 @@
 """What calibration collects, against one example at a time and finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_lm
+import tiny_speech
 
 from gatedfm.data import lm_batches
 from gatedfm.gates import Gates
@@ -23,14 +26,27 @@ def kind(request, fast_compilation):
   return request.param
 
 
-def loss(kind, pair, gates):
-  """Mean over the targets of one example, by plain log-softmax."""
+ROOM = 16
+
+
+@functools.cache
+def losses(kind):
+  """Of one example, the mean over its targets, by plain log-softmax; and its gradient by gates."""
   model, params = for_inference(tiny_lm.KINDS[kind], tiny_lm.params(kind))
-  ids = np.array([pair.context + pair.target])
-  logits = model.apply({'params': params}, ids, None, gates)[0]
-  log = jax.nn.log_softmax(logits)
-  at = np.arange(len(pair.context), ids.shape[1])
-  return -jnp.mean(log[at - 1, ids[0, at]])
+
+  def loss(gates, ids, mask, target):
+    logits = model.apply({'params': params}, ids[None], mask[None], Gates(gates))[0]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], 1)[:, 0]
+    return -jnp.sum(picked * target[1:]) / jnp.sum(target)
+
+  return tiny_speech.jit(loss), tiny_speech.jit(jax.grad(loss))
+
+
+def arrays(pair):
+  """Tokens, which are there, which are targets; padded to one length."""
+  ids, at = np.zeros(ROOM, np.int32), np.arange(ROOM)
+  ids[: len(pair)] = pair.context + pair.target
+  return ids, at < len(pair), (at >= len(pair.context)) & (at < len(pair))
 
 
 def test_batching_and_padding_change_nothing(kind):
@@ -52,9 +68,9 @@ def test_gradients_are_those_of_each_gate(kind):
     for pair in tiny_lm.pairs():
       ends = []
       for sign in (1, -1):
-        gate = np.ones(shapes[site], np.float32)
-        gate[at] += sign * eps
-        ends.append(float(loss(kind, pair, Gates({site: jnp.asarray(gate)}))))
+        gates = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        gates[site][at] += sign * eps
+        ends.append(float(losses(kind)[0](gates, *arrays(pair))))
       total += ((ends[0] - ends[1]) / (2 * eps)) ** 2
     np.testing.assert_allclose(stats.by_example[site][at], total, rtol=0.05, atol=1e-5)
 
@@ -64,28 +80,25 @@ def test_tokens_count_one_by_one(kind):
   stats = collect(kind, 1, ['gradients'])
   assert not stats.square
   cfg, pairs = tiny_lm.KINDS[kind], tiny_lm.pairs()
-  want = np.zeros((3, cfg.heads))
-  for pair in pairs:
-    slope = jax.grad(lambda g, pair=pair: loss(kind, pair, Gates({HEADS: g})))
-    want += np.abs(slope(jnp.ones((3, 1, len(pair), cfg.heads)))[:, 0]).sum(1)
+  gates = {HEADS: np.ones((3, 1, ROOM, cfg.heads), np.float32)}
+  slopes = [losses(kind)[1](gates, *arrays(pair))[HEADS][:, 0] for pair in pairs]
+  want = sum(np.abs(s).sum(1) for s in slopes)
   np.testing.assert_allclose(stats.by_token[HEADS], want, rtol=1e-3, atol=1e-6)
   # The last layer's heads matter where something is predicted alone.
-  pair = pairs[0]
-  slope = jax.grad(lambda g: loss(kind, pair, Gates({HEADS: g})))
-  last = np.asarray(slope(jnp.ones((3, 1, len(pair), cfg.heads)))[-1, 0])
-  used = np.flatnonzero(np.abs(last).sum(1))
-  np.testing.assert_array_equal(used, np.arange(len(pair) - len(pair.target), len(pair)) - 1)
+  for pair, slope in zip(pairs, slopes):
+    used = np.flatnonzero(np.abs(slope[-1]).sum(1))
+    np.testing.assert_array_equal(used, np.arange(len(pair) - len(pair.target), len(pair)) - 1)
 
 
 def test_losses_are_log_likelihoods(kind):
   model, params = for_inference(tiny_lm.KINDS[kind], tiny_lm.params(kind))
-  pairs = tiny_lm.pairs()
+  pairs, compute = tiny_lm.pairs(), tiny_speech.jit(functools.partial(calibration.losses, model))
   for b in lm_batches.batches(pairs, 3, 32):
-    got = calibration.losses(model, params, b.tokens, b.mask, b.at)
+    got = compute(params, b.tokens, b.mask, b.at)
     for row, number in enumerate(b.number):
       if number >= 0:
         mean = float((got[row] * b.weight[row]).sum() / b.weight[row].sum())
-        assert mean == pytest.approx(float(loss(kind, pairs[number], None)), rel=1e-4)
+        assert mean == pytest.approx(float(losses(kind)[0]({}, *arrays(pairs[number]))), rel=1e-4)
 
 
 def test_no_texts():
