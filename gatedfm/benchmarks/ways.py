@@ -24,6 +24,7 @@ from gatedfm.models.speech_config import SpeechConfig
 from gatedfm.nn import gating
 
 RATE = 1e-3  # of gradient descent
+GOAL_WIDTH = 256  # of models that goals are for: in narrower ones much is no matrix product
 # Of a batch whose examples share their gates, and of one in which they differ.
 SHARED = ('mask', 'skip', 'scanned', 'static', 'layerwise')
 APART = ('mask', 'bucketed')
@@ -240,3 +241,10 @@ def _decode(
 
   start = jnp.zeros((batch, vocabulary)), call(encoded, tokens, method='start')
   return jax.lax.fori_loop(0, tokens, write, start)[0]
+
+
+def goal(ratio: float, bound: float | None, shown: str = '.2f') -> str:
+  """What is said of a row's bound, '' where there is none."""
+  if bound is None:
+    return ''
+  return f' | goal {bound:{shown}}' + ('' if ratio <= bound else ' MISSED')

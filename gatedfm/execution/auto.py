@@ -45,10 +45,11 @@ def choose(device: str, batch: int, patterns: int, saving: float, shared: bool =
     return Choice('compact', 'one gate pattern: arrays and program without what is closed')
   if device not in MEASURED:
     return Choice('mask', f'branches were not measured on {device}; name an execution to use one')
+  expected = f'{saving:.0%} of the gated MACs expected to be closed'
   if batch == 1 or shared:
     if saving < WORTH_BRANCHES:
-      return Choice('mask', f'{saving:.0%} closed do not pay for a branch at every module')
-    return Choice('skip', f'{saving:.0%} closed, one pattern at a time: a branch at every module')
+      return Choice('mask', f'{expected} do not pay for a branch at each module')
+    return Choice('skip', f'{expected}, one pattern at a time: a branch at each module')
   if saving < WORTH_BUCKETS:
-    return Choice('mask', f'{saving:.0%} closed do not pay for gathering examples')
-  return Choice('bucketed', f'{saving:.0%} closed, gates differ within batches of {batch}')
+    return Choice('mask', f'{expected} do not pay for gathering examples')
+  return Choice('bucketed', f'{expected}, gates differ within batches of {batch}')

