@@ -33,7 +33,7 @@ class Counts:
   """What each utterance contributes to a score.
 
   Attributes:
-    metric: 'cer', 'wer', 'bleu', 'chrf' or 'lid'.
+    metric: 'cer', 'wer', 'bleu', 'chrf', 'lid' or 'accuracy'.
     rows_ExK: counts that add up over utterances.
     groups: E names: the language, or the direction 'fra-eng' of a translation.
     score_of: maps summed counts [R, K] to scores [R].
@@ -143,9 +143,27 @@ def identification(references: Sequence[str], hypotheses: Sequence[str]) -> Coun
     ValueError: lengths differ, there is no utterance, or a true language is empty.
   """
   _check(references, hypotheses, references)
-  correct_E = np.asarray(references) == np.asarray(hypotheses)
+  return _right('lid', np.asarray(references) == np.asarray(hypotheses), references, 'utterances')
+
+
+def accuracy(correct: Sequence[bool], tasks: Sequence[str]) -> Counts:
+  """Share of questions that were answered right, by task.
+
+  Args:
+    correct: E, whether each was.
+    tasks: E names of where each is from.
+
+  Raises:
+    ValueError: lengths differ, or there is no question.
+  """
+  if len(correct) != len(tasks) or not len(tasks):
+    raise ValueError(f'{len(correct)} answers to {len(tasks)} questions: give one of each')
+  return _right('accuracy', np.asarray(correct, bool), tasks, 'questions')
+
+
+def _right(metric: str, correct_E: np.ndarray, groups: Sequence[str], unit: str) -> Counts:
   rows_Ex2 = np.stack([correct_E, np.ones_like(correct_E)], axis=1).astype(np.int64)
-  return Counts('lid', rows_Ex2, tuple(references), _ratio, 'utterances', '')
+  return Counts(metric, rows_Ex2, tuple(groups), _ratio, unit, '')
 
 
 def confusion(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -19,8 +19,9 @@ import numpy as np
 
 from gatedfm.data.lm_batches import LmBatch
 from gatedfm.gates import Gates
-from gatedfm.models.lm import LanguageModel, LmAttention, LmFfn, for_inference
+from gatedfm.models.lm import LmAttention, LmFfn, for_inference
 from gatedfm.models.lm_config import STACK, LmConfig
+from gatedfm.models.lm_losses import losses
 from gatedfm.nn import layers
 
 ATTENTION, FFN = f'{STACK}/attention', f'{STACK}/ffn'
@@ -49,23 +50,6 @@ class Stats:
   mean_square: dict[str, jax.Array]
   square: dict[str, jax.Array]
   influence: dict[str, jax.Array]
-
-
-def losses(
-  model: LanguageModel,
-  params: Any,
-  tokens_BxL: jax.Array,
-  mask_BxL: jax.Array,
-  at_BxP: jax.Array,
-  gates: Gates | None = None,
-) -> jax.Array:
-  """Negative log-likelihood of each target, `[B, P]`; arguments as of `LmBatch`."""
-  call = lambda *args, **kwargs: model.apply({'params': params}, *args, **kwargs)
-  x_BxLxD = call(tokens_BxL, mask_BxL, gates, method='hidden')
-  x_BxPxD = jnp.take_along_axis(x_BxLxD, (at_BxP - 1)[..., None], 1)
-  target_BxP = jnp.take_along_axis(tokens_BxL, at_BxP, 1)
-  log_BxPxV = jax.nn.log_softmax(call(x_BxPxD, method='logits'))
-  return -jnp.take_along_axis(log_BxPxV, target_BxP[..., None], 2)[..., 0]
 
 
 def collect(

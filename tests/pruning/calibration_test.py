@@ -11,6 +11,7 @@ import tiny_speech
 
 from gatedfm.data import lm_batches
 from gatedfm.gates import Gates
+from gatedfm.models import lm_losses
 from gatedfm.models.lm import for_inference
 from gatedfm.pruning import calibration
 from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS
@@ -92,7 +93,7 @@ def test_tokens_count_one_by_one(kind):
 
 def test_losses_are_log_likelihoods(kind):
   model, params = for_inference(tiny_lm.KINDS[kind], tiny_lm.params(kind))
-  pairs, compute = tiny_lm.pairs(), tiny_speech.jit(functools.partial(calibration.losses, model))
+  pairs, compute = tiny_lm.pairs(), tiny_speech.jit(functools.partial(lm_losses.losses, model))
   for b in lm_batches.batches(pairs, 3, 32):
     got = compute(params, b.tokens, b.mask, b.at)
     for row, number in enumerate(b.number):
