@@ -273,6 +273,32 @@ def time_against_macs(rows: Sequence[Mapping[str, Any]]) -> figures.Figure:
   return figure
 
 
+@_styled
+def importance(scores_NxU: np.ndarray, open_NxU: np.ndarray | None = None) -> figures.Figure:
+  """Scores of units by layer, logarithmic; what is closed is crossed out.
+
+  Args:
+    scores_NxU: of each layer's heads, not negative.
+    open_NxU: gates, 0 or 1; None where nothing is closed.
+  """
+  layers, units = scores_NxU.shape
+  figure = figures.Figure(figsize=(2.2 + 0.3 * units, 1.2 + 0.16 * layers), layout='constrained')
+  axes = figure.add_subplot()
+  positive = scores_NxU[scores_NxU > 0]
+  least = positive.min() if positive.size else 1.0
+  norm = matplotlib.colors.LogNorm(least, max(scores_NxU.max(), least * 1.01))
+  shown = axes.imshow(
+    np.maximum(scores_NxU, least), cmap='viridis', norm=norm, aspect='auto', origin='lower'
+  )
+  if open_NxU is not None:
+    rows, columns = np.nonzero(np.asarray(open_NxU) == 0)
+    axes.plot(columns, rows, 'x', color='white', markersize=4, label='closed')
+  axes.set(xlabel='head', ylabel='layer')
+  axes.grid(False)
+  figure.colorbar(shown, ax=axes, label='score')
+  return figure
+
+
 def save(figure: figures.Figure, path: str | os.PathLike) -> None:
   """Writes a figure as its suffix says (.svg, .png, .pdf), atomically."""
   path, buffer = Path(path), io.BytesIO()
