@@ -64,7 +64,7 @@ def batches(pairs: Sequence[Pair], rows: int, most: int, pad: int = 0) -> Iterat
   shapes = collections.defaultdict(list)
   for number, pair in enumerate(cut):
     targets = 1 << (len(pair.target) - 1).bit_length()
-    shapes[_length(len(pair), most), targets].append(number)
+    shapes[length_of(len(pair), most), targets].append(number)
   for (length, targets), numbers in sorted(shapes.items(), reverse=True):
     for start in range(0, len(numbers), rows):
       yield _batch(cut, numbers[start : start + rows], rows, length, targets, pad)
@@ -77,7 +77,8 @@ def _cut(pair: Pair, most: int) -> Pair:
   return pair if spare <= 0 else Pair(pair.context[spare:], pair.target)
 
 
-def _length(tokens: int, most: int) -> int:
+def length_of(tokens: int, most: int) -> int:
+  """The least of `LENGTHS` (and `most`) that holds so many."""
   return next((min(n, most) for n in LENGTHS if n >= tokens), most)
 
 

@@ -178,7 +178,7 @@ def _question(row: dict[str, Any]) -> tuple[str, Question]:
 
 
 def sample(
-  task: Task, split: str, number: int, shots: int, seed: int
+  task: Task, split: str, number: int, shots: int, seed: int, shared: bool = False
 ) -> list[tuple[Question, list[Question]]]:
   """Questions of a split, each with answered ones of the training split, never itself.
 
@@ -188,6 +188,7 @@ def sample(
     number: at most so many questions, drawn without replacement.
     shots: answered questions each.
     seed: of both draws.
+    shared: whether all have the same shots (but itself, in the training split).
 
   Raises:
     DataError: a split without questions, or fewer for training than shots.
@@ -195,15 +196,16 @@ def sample(
   asked, train = task.questions[split], task.questions['train']
   if not asked:
     raise DataError(f'{task.name} has no questions for {split}')
+  pool = len(train) - (split == 'train')
+  if pool < shots:
+    raise DataError(f'{task.name}: {shots} shots need as many other training questions; {pool}')
   rng = np.random.default_rng(seed)
-  out = []
+  out, drawn = [], None
   for i in rng.permutation(len(asked))[:number]:
     question = asked[i]
-    pool = len(train) - (split == 'train')
-    if pool < shots:
-      raise DataError(f'{task.name}: {shots} shots need as many other training questions; {pool}')
-    # One more than needed, should the question itself be among them.
-    drawn = rng.choice(len(train), min(shots + 1, len(train)), replace=False) if shots else []
+    if drawn is None or not shared:
+      # One more than needed, should the question itself be among them.
+      drawn = rng.choice(len(train), min(shots + 1, len(train)), replace=False) if shots else []
     others = [train[j] for j in drawn if train[j] is not question]
     out.append((question, others[:shots]))
   return out

@@ -1,17 +1,42 @@
 """How likely a language model finds given tokens.
 
-Letters: B batch, L tokens, P targets, C choices.
+Letters: B batch, L tokens, P targets, C choices, S tokens of a prefix.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from gatedfm.gates import Gates
 from gatedfm.models.lm import LanguageModel
+from gatedfm.nn.attention import KeyValue
+
+
+@flax.struct.dataclass
+class Prefix:
+  """Tokens that all examples begin with, read once.
+
+  Attributes:
+    caches: of each layer, `[1, G, S, K]`.
+    mask_1xS: False for padding, which stands on the left.
+  """
+
+  caches: list[KeyValue]
+  mask_1xS: jax.Array
+
+
+def read_prefix(
+  model: LanguageModel, params: Any, tokens_1xS: jax.Array, mask_1xS: jax.Array, gates: Gates | None
+) -> Prefix:
+  """Reads a prefix; unrolled layout, gates that all examples share."""
+  call = lambda *args, method: model.apply({'params': params}, *args, method=method)
+  caches = call(1, tokens_1xS.shape[1], gates, method='start')
+  _, caches = call(tokens_1xS, 0, caches, mask_1xS, gates, method='step')
+  return Prefix(caches, mask_1xS)
 
 
 def losses(
@@ -22,6 +47,7 @@ def losses(
   at_BxP: jax.Array,
   gates: Gates | None = None,
   choices_BxC: jax.Array | None = None,
+  prefix: Prefix | None = None,
 ) -> jax.Array:
   """Negative log-likelihood of each target, `[B, P]`, or of what may stand in the first's place.
 
@@ -31,9 +57,13 @@ def losses(
     gates: as of `LanguageModel`.
     choices_BxC: tokens, one of which may stand where the first target does; the result is then
       `[B, C]`.
+    prefix: what stands in front of all rows.
   """
   call = lambda *args, **kwargs: model.apply({'params': params}, *args, **kwargs)
-  x_BxLxD = call(tokens_BxL, mask_BxL, gates, method='hidden')
+  if prefix is None:
+    x_BxLxD = call(tokens_BxL, mask_BxL, gates, method='hidden')
+  else:
+    x_BxLxD, _ = call(tokens_BxL, *_behind(prefix, mask_BxL), gates, method='step')
   if choices_BxC is not None:
     at_BxP = at_BxP[:, :1]
   x_BxPxD = jnp.take_along_axis(x_BxLxD, (at_BxP - 1)[..., None], 1)
@@ -42,3 +72,12 @@ def losses(
     return -jnp.take_along_axis(log_BxPxV[:, 0], choices_BxC, 1)
   target_BxP = jnp.take_along_axis(tokens_BxL, at_BxP, 1)
   return -jnp.take_along_axis(log_BxPxV, target_BxP[..., None], 2)[..., 0]
+
+
+def _behind(prefix: Prefix, mask_BxL: jax.Array) -> tuple[int, list[KeyValue], jax.Array]:
+  """Where `LanguageModel.step` goes on: the first free column, caches and mask for the rows."""
+  rows, length = mask_BxL.shape
+  spread = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
+  grow = lambda x: jnp.pad(spread(x), ((0, 0), (0, 0), (0, length), (0, 0)))
+  mask_BxS = jnp.concatenate([spread(prefix.mask_1xS), mask_BxL], 1)
+  return prefix.mask_1xS.shape[1], jax.tree.map(grow, prefix.caches), mask_BxS

@@ -7,6 +7,7 @@ import tiny_speech
 from flax import traverse_util
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gatedfm.data import questions
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.questions import Question, Task
 from gatedfm.data.types import DataError
@@ -79,13 +80,35 @@ def test_answers_and_accuracy(evaluator, params, tokenizer):
   assert out.counts().scores()['t'] == pytest.approx(out.correct.mean())
   again = evaluator.ask(own, 'test', 5, shots=2, seed=1)
   np.testing.assert_array_equal(again.scores, out.scores)
-  calibrated = evaluator.ask(own, 'test', 5, shots=0, calibrate=True)
-  plain = evaluator.ask(own, 'test', 5, shots=0)
+  with pytest.raises(DataError, match='asked without calibration'):
+    again.calibrated()
+  asked = evaluator.ask(own, 'test', 5, shots=0, calibrate=True)
   blank = evaluator.log_likelihoods([('w21', ['w1', 'w2', 'w3'])])
-  np.testing.assert_allclose(calibrated.scores, plain.scores - blank, rtol=1e-5)
+  np.testing.assert_allclose(asked.calibrated().scores, asked.scores - blank, rtol=1e-5)
   without = Task('t', own.questions)
   with pytest.raises(DataError, match='no question without content'):
     evaluator.ask(without, calibrate=True)
+
+
+@pytest.mark.parametrize('choices', [('w1', 'w2', 'w3'), ('w1', 'w2 w3')], ids=['one', 'many'])
+@pytest.mark.parametrize('kept', [None, [[1, 0, 1, 1], [0, 0, 0, 0]]], ids=['dense', 'compacted'])
+def test_a_shared_beginning_is_read_once(params, tokenizer, choices, kept, fast_compilation):
+  """And gives what reading it with every question gives."""
+  cut, fixed, own = params, None, task()
+  if kept is not None:
+    gates = {'decoder/attention_heads': np.array(kept), 'decoder/ffn': np.array([0, 1])}
+    model = LmCheckpoint(CFG, params, tokenizer, {})
+    small = lm_workdir.compacted(model, Gates(gates), {})
+    cut, fixed = small.params, small.fixed()
+  evaluator = Evaluator(CFG, cut, tokenizer, fixed, rows=3, most=128)
+  drawn = questions.sample(own, 'test', 5, 6, 1, shared=True)
+  assert all(shown == drawn[0][1] for _, shown in drawn)
+  prompts = [(own.prompt(q, shown), choices) for q, shown in drawn]
+  together = evaluator.log_likelihoods(prompts)
+  assert len(evaluator._read) == 1
+  alone = np.concatenate([evaluator.log_likelihoods([p]) for p in prompts])
+  assert len(evaluator._read) == 1
+  np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
 def test_gates_compile_nothing_and_agree_with_compaction(evaluator, params, tokenizer):
