@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from gatedfm.gates import Cost
+from gatedfm.models import lm
 from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.nn.layers import Compacted
 
@@ -49,3 +51,45 @@ def count(cfg: LmConfig, params: Mapping[str, Any], tokens: int) -> dict[str, in
     'layer_macs': layers,
     'kv_bytes': 2 * keys * tokens * np.dtype(cfg.activation_dtype).itemsize,
   }
+
+
+def total(cfg: LmConfig, tokens: int) -> Cost:
+  """Of the whole model, dense."""
+  shapes = traverse_util.unflatten_dict(lm.abstract_params(cfg), sep='/')
+  costs = count(cfg, shapes, tokens)
+  return Cost(costs['parameters'], costs['macs'], costs['bytes'])
+
+
+def of_gates(cfg: LmConfig, tokens: int) -> dict[str, Cost]:
+  """What one open gate costs, by site, also of whole layers (`decoder/layer`).
+
+  A query head's share of keys and values that others read too is not counted.
+
+  Args:
+    cfg: of the model.
+    tokens: of the text that is read, for MACs.
+  """
+  d, k, size = cfg.d, cfg.width, np.dtype(cfg.activation_dtype).itemsize
+  bias, pairs = int(cfg.use_bias), tokens * (tokens + 1) // 2
+  norm = d * (2 if cfg.norm == 'layer' else 1)
+  make = lambda matrices, rest, more=0: Cost(
+    matrices + rest, matrices * tokens + more, (matrices + rest) * size
+  )
+  add = lambda *costs: Cost(
+    *(sum(getattr(c, f) for c in costs) for f in ('params', 'macs', 'bytes'))
+  )
+  head = make(2 * d * k, bias * k, 2 * k * pairs)
+  channel = make((3 if cfg.gated_ffn else 2) * d, bias * (2 if cfg.gated_ffn else 1))
+  shared = make(2 * d * k * cfg.groups, bias * 2 * k * cfg.groups + bias * d + norm)
+  attention = add(shared, *[head] * cfg.heads)
+  ffn = add(make(0, bias * d + norm), *[channel] * cfg.ffn)
+  named = {'attention': attention, 'ffn': ffn, 'layer': add(attention, ffn)}
+  named |= {'attention_heads': head, 'ffn_channels': channel}
+  return {f'{STACK}/{name}': cost for name, cost in named.items()}
+
+
+def keys_and_values(cfg: LmConfig, tokens: int) -> Cost:
+  """Of a group of heads that share them."""
+  matrices, rest = 2 * cfg.d * cfg.width, int(cfg.use_bias) * 2 * cfg.width
+  size = np.dtype(cfg.activation_dtype).itemsize
+  return Cost(matrices + rest, matrices * tokens, (matrices + rest) * size)

@@ -11,12 +11,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gatedfm.gates import Gates, Site
+from gatedfm.models import lm_costs
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
 
 # What budgets call the sites.
-NAMES = {'heads': HEADS, 'ffn': FFN, 'attention': ATTENTION, 'channels': CHANNELS}
+NAMES = {
+  'heads': HEADS,
+  'ffn': FFN,
+  'attention': ATTENTION,
+  'channels': CHANNELS,
+  'layers': LAYER,
+}
+COSTS = ('params', 'macs', 'latency')  # budgets of the whole model
 SHAPES = ('ragged', 'bucketed', 'uniform')
 
 
@@ -31,14 +39,23 @@ class Allocation:
     bucket: of `bucketed`.
     floor: units that stay open in each layer; modules, in the whole model.
     groups: whether query heads that share keys and values close together, by their scores' sum.
+    over: what a budget in parameters or MACs closes.
+    tokens: of the text whose MACs count.
   """
 
   shape: str = 'ragged'
   bucket: int = 1
   floor: int = 0
   groups: bool = False
+  over: tuple[str, ...] = ('heads', 'ffn')
+  tokens: int = 512
 
   def __post_init__(self):
+    for name in self.over:
+      choice('over', name, tuple(NAMES))
+    for pair in (('heads', 'attention'), ('ffn', 'channels')):
+      if set(pair) <= set(self.over) or ('layers' in self.over and len(self.over) > 1):
+        raise ConfigError(f'over is {", ".join(self.over)}: a part and its whole; choose one')
     choice('shape', self.shape, SHAPES)
     if self.bucket < 1 or self.floor < 0:
       raise ConfigError(
@@ -50,7 +67,7 @@ RAGGED = Allocation()
 
 
 def parse_budget(text: str) -> dict[str, float]:
-  """`heads:0.7,ffn:0.2` as shares to close, by site.
+  """`heads:0.7,ffn:0.2` as shares to close, by site; `macs:0.3` as `{'macs': 0.3}`.
 
   Raises:
     ConfigError: anything else.
@@ -58,17 +75,21 @@ def parse_budget(text: str) -> dict[str, float]:
   out = {}
   for item in text.split(','):
     name, _, share = item.partition(':')
-    if name not in NAMES:
-      raise ConfigError(f'budget {item!r}: write NAME:SHARE, names are {", ".join(NAMES)}')
+    if name not in (*NAMES, *COSTS):
+      raise ConfigError(
+        f'budget {item!r}: write NAME:SHARE, names are {", ".join((*NAMES, *COSTS))}'
+      )
     try:
       value = float(share)
     except ValueError:
       raise ConfigError(f'budget {item!r}: {share!r} is not a number') from None
     if not 0 <= value <= 1:
       raise ConfigError(f'budget {item!r}: a share to close is between 0 and 1')
-    if NAMES[name] in out:
+    if NAMES.get(name, name) in out:
       raise ConfigError(f'budget {text!r} names {name} twice')
-    out[NAMES[name]] = value
+    out[NAMES.get(name, name)] = value
+  if len(out) > 1 and set(out) & set(COSTS):
+    raise ConfigError(f'budget {text!r}: one in {", ".join(COSTS)} stands alone')
   return out
 
 
@@ -79,35 +100,117 @@ def allocate(
   how: Allocation = RAGGED,
   closed: Gates | None = None,
 ) -> Gates:
-  """Closes the lowest scores of each site, `int(share * gates)` of them.
+  """Closes the lowest scores.
+
+  Of a budget by site, of each site `int(share * gates)`. Of one in `params` or `macs`, of all
+  sites that `how.over` names together those of least score for their cost, until that share of
+  the model's is gone (keys and values count where all their heads go together: `how.groups`).
 
   Args:
     scores: `[N]` or `[N, U]` by site.
-    budget: share to close, by site.
+    budget: share to close, of `parse_budget`.
     cfg: of the model.
     how: see `Allocation`.
     closed: gates that are closed already, which stay so and count.
 
-  Returns: 0 or 1, of the sites that the budget names.
+  Returns: 0 or 1; layers as gates of both their modules.
 
   Raises:
-    ConfigError: a budget that the scorer has no scores for, or that the floor forbids.
+    ConfigError: a budget that the scorer has no scores for, that the floor forbids, or that is
+      more than there is.
   """
-  sites = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites())}
-  out = {}
-  for name, share in budget.items():
+  costs = set(budget) & set(COSTS)
+  names = [NAMES[name] for name in how.over] if costs else list(budget)
+  for name in names:
     if name not in scores:
       known = [k for k, site in NAMES.items() if site in scores]
       raise ConfigError(f'this scorer has no scores of {name}; it has those of {", ".join(known)}')
-    before = None if closed is None else closed.values.get(name)
-    out[name] = _close(np.asarray(scores[name], np.float64), share, sites[name], cfg, how, before)
-  return Gates(out)
+  sites = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites(), Site(LAYER, cfg.layers))}
+  before = {} if closed is None else dict(closed.values)
+  if LAYER in names and before:
+    before[LAYER] = np.maximum(before[ATTENTION], before[FFN])
+  if costs:
+    ((kind, share),) = budget.items()
+    out = _by_cost(
+      {n: np.asarray(scores[n], np.float64) for n in names}, kind, share, cfg, how, before
+    )
+  else:
+    out = {
+      n: _close(np.asarray(scores[n], np.float64), budget[n], sites[n], cfg, how, before.get(n))
+      for n in names
+    }
+  layers = out.pop(LAYER, None)
+  parts = [Gates(out)] if layers is None else [Gates(out), Gates({ATTENTION: layers, FFN: layers})]
+  return combine(parts)
+
+
+def _by_cost(scores, kind, share, cfg: LmConfig, how: Allocation, before) -> dict[str, np.ndarray]:
+  """Closes what is worth least for its price, until a share of the model's cost is gone."""
+  if kind not in ('params', 'macs'):
+    raise ConfigError(f'a budget in {kind} has to be measured: gatedfm.prune does')
+  if how.shape != 'ragged':
+    raise ConfigError(f'a budget in {kind} leaves layers of differing shapes: shape is {how.shape}')
+  rows = {name: _together(name, score, cfg, how) for name, score in scores.items()}
+  prices = {name: _price(name, kind, cfg, how) for name in rows}
+  worth = [_worth(rows[n], prices[n], cfg, how, n, before.get(n)).ravel() for n in rows]
+  price = np.concatenate([np.full(w.size, prices[n]) for n, w in zip(rows, worth)])
+  starts = np.cumsum([0, *(w.size for w in worth)])
+  worth = np.concatenate(worth)
+  order = np.argsort(worth, kind='stable')
+  spent = np.cumsum(price[order[: int(np.sum(worth < np.inf))]])  # what the floor spares is last
+  total = getattr(lm_costs.total(cfg, how.tokens), kind)
+  wanted, most = share * total, spent[-1] if spent.size else 0.0
+  if wanted > most:
+    raise ConfigError(
+      f'{", ".join(how.over)} are {most / total:.0%} of the {kind}: {share:.0%} cannot be closed'
+    )
+  is_open = np.ones(worth.size, np.float32)
+  is_open[order[: int(np.searchsorted(spent, wanted * (1 - 1e-9))) + 1 if wanted else 0]] = 0
+  out = {}
+  for start, (name, row) in zip(starts, rows.items()):
+    mine = is_open[start : start + row.size].reshape(row.shape)
+    each = scores[name].size // row.size
+    out[name] = np.repeat(mine, each, 1).reshape(scores[name].shape)
+  return out
+
+
+def _together(name: str, score: np.ndarray, cfg: LmConfig, how: Allocation) -> np.ndarray:
+  """Scores `[N, U]` of what closes together: a group's heads, where `how` says so."""
+  _check_finite(name, score)
+  each = cfg.heads // cfg.groups if how.groups and name == HEADS else 1
+  return score.reshape(cfg.layers, -1, each).sum(-1)
+
+
+def _price(name: str, kind: str, cfg: LmConfig, how: Allocation) -> float:
+  """Of one of them."""
+  of = lambda cost: float(getattr(cost, kind))
+  each = of(lm_costs.of_gates(cfg, how.tokens)[name])
+  if how.groups and name == HEADS:
+    return each * (cfg.heads // cfg.groups) + of(lm_costs.keys_and_values(cfg, how.tokens))
+  return each
+
+
+def _worth(rows, price: float, cfg: LmConfig, how: Allocation, name: str, before) -> np.ndarray:
+  """Score by price; least of what is closed, infinite of what the floor spares."""
+  worth = rows / price
+  if before is not None:
+    gone = np.asarray(before).reshape(*rows.shape, -1).max(-1) == 0
+    worth = np.where(gone, -np.inf, worth)
+  floor = -(-how.floor * rows.shape[1] // cfg.heads) if name == HEADS else how.floor
+  if rows.shape[1] > 1 and floor:
+    rank = np.argsort(np.argsort(-rows, 1, kind='stable'), 1)
+    worth = np.where(rank < floor, np.inf, worth)
+  return worth
+
+
+def _check_finite(name: str, score: np.ndarray) -> None:
+  if not np.isfinite(score).all():
+    raise ConfigError(f'scores of {name} are not finite: calibrate with float32')
 
 
 def _close(score, share, site: Site, cfg: LmConfig, how: Allocation, before) -> np.ndarray:
   flat = score.reshape(site.layers, site.units)
-  if not np.isfinite(flat).all():
-    raise ConfigError(f'scores of {site.name} are not finite: calibrate with float32')
+  _check_finite(site.name, flat)
   together = cfg.heads // cfg.groups if how.groups and site.name == HEADS else 1
   flat = flat.reshape(site.layers, -1, together).sum(-1)
   if before is not None:

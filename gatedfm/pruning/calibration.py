@@ -1,14 +1,17 @@
 """One pass over calibration texts that collects all that the chosen scorers need.
 
 Gates stand at every module and unit, all of them 1: the derivative of the loss by a gate is the
-product of what the gate multiplies with its own derivative, `A . dL/dA`. Letters: N layers, B
-batch, L tokens, P targets, D model width, H heads, F hidden width, U units.
+product of what the gate multiplies with its own derivative, `A . dL/dA`. A layer's gate closes both
+its modules. Letters: N layers, B batch, L tokens, P targets, D model width, H heads, F hidden
+width, U units.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax
@@ -19,14 +22,15 @@ import numpy as np
 
 from gatedfm.data.lm_batches import LmBatch
 from gatedfm.gates import Gates
-from gatedfm.models.lm import LmAttention, LmFfn, for_inference
+from gatedfm.models.lm import LmAttention, LmFfn, LmLayer, for_inference
 from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.lm_losses import losses
 from gatedfm.nn import layers
 
 ATTENTION, FFN = f'{STACK}/attention', f'{STACK}/ffn'
 HEADS, CHANNELS = f'{STACK}/attention_heads', f'{STACK}/ffn_channels'
-NEEDS = ('gradients', 'activations')
+LAYER = f'{STACK}/layer'  # no site of the model's: both modules' gates at once
+NEEDS = ('gradients', 'activations', 'removals')
 
 
 @flax.struct.dataclass
@@ -40,6 +44,7 @@ class Stats:
     mean_square: `sum_b (mean_t |x|)^2` of what output projections read, `[N, H K]` and `[N, F]`.
     square: `sum_{b,t} x^2` of the same.
     influence: `sum_{b,t} 1 - cos(x, x + module(x))`, `[N]`.
+    removal: `sum_b` of what the loss grows by without the module, `[N]`.
   """
 
   examples: jax.Array
@@ -50,14 +55,17 @@ class Stats:
   mean_square: dict[str, jax.Array]
   square: dict[str, jax.Array]
   influence: dict[str, jax.Array]
+  removal: dict[str, jax.Array]
 
 
 def collect(
   cfg: LmConfig,
   params: Any,
   batches: Iterable[LmBatch],
-  needs: Iterable[str] = NEEDS,
+  needs: Iterable[str] = ('gradients', 'activations'),
   say: Callable[[str], None] = lambda line: None,
+  gates: Gates | None = None,
+  removed: Sequence[str] = (ATTENTION, FFN, LAYER),
 ) -> Stats:
   """Runs the batches once.
 
@@ -66,44 +74,96 @@ def collect(
   Args:
     cfg, params: the dense model, in either layout.
     batches: of `lm_batches.batches`.
-    needs: of `NEEDS`, what to collect; the rest stays empty.
+    needs: of `NEEDS`, what to collect; the rest stays empty. `removals` are the exact oracle: a
+      forward pass for each module.
     say: is told how far it is.
+    gates: closed (0) for what is gone already, `[N]` or `[N, U]` per site; it stays closed.
+    removed: sites of `removals`.
   """
   model, params = for_inference(cfg, params)
   needs = tuple(n for n in NEEDS if n in set(needs))
-  step = jax.jit(lambda params, *arrays: _step(model, params, needs, *arrays))
-  total = None
+  base = {} if gates is None else gates.values
+  step = jax.jit(lambda params, base, *arrays: _step(model, params, needs, base, *arrays))
+  remove = _remover(cfg, base, removed) if 'removals' in needs else None
+  total, start = None, time.perf_counter()
+  batches = list(batches)
   for i, b in enumerate(batches):
-    stats = step(params, b.tokens, b.mask, b.at, b.weight)
+    stats = step(params, base, b.tokens, b.mask, b.at, b.weight)
+    if remove is not None:
+      stats = stats.replace(removal=remove(params, b))
     total = stats if total is None else jax.tree.map(jnp.add, total, stats)
-    say(f'calibration: {i + 1} batches')
+    seconds = time.perf_counter() - start
+    left = seconds / (i + 1) * (len(batches) - i - 1)
+    say(f'calibration: {i + 1} of {len(batches)} batches, {left:.0f} s left')
   if total is None:
     raise ValueError('no calibration texts')
   return jax.tree.map(np.asarray, total)
 
 
-def _step(model, params, needs, tokens_BxL, mask_BxL, at_BxP, weight_BxP) -> Stats:
+def _loss(model, params, tokens_BxL, mask_BxL, at_BxP, weight_BxP, gates) -> jax.Array:
+  """Sum over examples of the mean over their targets."""
+  each_B = jnp.maximum(weight_BxP.sum(1, keepdims=True), 1)
+  return jnp.sum(losses(model, params, tokens_BxL, mask_BxL, at_BxP, gates) * weight_BxP / each_B)
+
+
+def _remover(
+  cfg: LmConfig, base: dict[str, Any], removed: Sequence[str]
+) -> Callable[[Any, LmBatch], dict[str, np.ndarray]]:
+  """By how much a batch's loss grows without each module; one program, which skips."""
+  model, _ = for_inference(cfg, {}, 'skip')
+  loss = jax.jit(functools.partial(_loss, model))
+  whole = {ATTENTION: np.ones(cfg.layers), FFN: np.ones(cfg.layers)} | base
+
+  def without(site: str, layer: int) -> Gates:
+    open_N = np.arange(cfg.layers) != layer
+    names = (ATTENTION, FFN) if site == LAYER else (site,)
+    return Gates(whole | {name: whole[name] * open_N for name in names})
+
+  def remove(params: Any, b: LmBatch) -> dict[str, np.ndarray]:
+    of = lambda gates: float(loss(params, b.tokens, b.mask, b.at, b.weight, gates))
+    full = of(Gates(whole))
+    return {
+      site: np.array([of(without(site, i)) - full for i in range(cfg.layers)]) for site in removed
+    }
+
+  return remove
+
+
+def _step(model, params, needs, base, tokens_BxL, mask_BxL, at_BxP, weight_BxP) -> Stats:
   real_B = weight_BxP.sum(1) > 0
   seen_BxL = mask_BxL & real_B[:, None]
   sums: dict[str, dict[str, jax.Array]] = {name: {} for name in Stats.__annotations__}
   if 'gradients' in needs:
-    each_B = jnp.maximum(weight_BxP.sum(1, keepdims=True), 1)
-    loss = lambda gates: jnp.sum(
-      losses(model, params, tokens_BxL, mask_BxL, at_BxP, gates) * weight_BxP / each_B
+    closed = lambda gates: Gates(
+      {
+        n: g * jnp.reshape(base[n], _shape(base[n], g)) if n in base else g
+        for n, g in gates.values.items()
+      }
     )
-    slopes = jax.grad(loss)(_open(model.cfg, *tokens_BxL.shape))
-    for name, g in slopes.values.items():
+    args = model, params, tokens_BxL, mask_BxL, at_BxP, weight_BxP
+    slopes = jax.grad(lambda gates: _loss(*args, closed(gates)))(
+      _open(model.cfg, *tokens_BxL.shape)
+    ).values
+    slopes[LAYER] = slopes[ATTENTION] + slopes[FFN]
+    for name, g in slopes.items():
       g_NxBxTxU = g[:, :, None] if name == CHANNELS else g
       sums['by_token'][name] = jnp.sum(jnp.abs(g_NxBxTxU), (1, 2))
       sums['by_example'][name] = jnp.sum(jnp.square(jnp.sum(g_NxBxTxU, 2)), 1)
   if 'activations' in needs:
-    for kind, found in _activations(model, params, tokens_BxL, mask_BxL, seen_BxL).items():
+    given = Gates(base) if base else None
+    for kind, found in _activations(model, params, tokens_BxL, mask_BxL, seen_BxL, given).items():
       sums[kind] = found
   count = lambda x: jnp.sum(x).astype(jnp.float32)
   sums['examples'] = count(real_B)
   sums['tokens'] = count(jnp.maximum(seen_BxL.sum(1) - 1, 0))
   sums['targets'] = count(weight_BxP)
   return Stats(**sums)
+
+
+def _shape(gates: Any, like: jax.Array) -> tuple[int, ...]:
+  """Of `[N]` or `[N, U]` gates beside those of every token or example."""
+  n, *units = np.shape(gates)
+  return n, *(1,) * (like.ndim - 1 - len(units)), *units
 
 
 def _open(cfg: LmConfig, batch: int, length: int) -> Gates:
@@ -120,7 +180,7 @@ def _open(cfg: LmConfig, batch: int, length: int) -> Gates:
   )
 
 
-def _activations(model, params, tokens_BxL, mask_BxL, seen_BxL) -> dict[str, dict[str, Any]]:
+def _activations(model, params, tokens_BxL, mask_BxL, seen_BxL, gates) -> dict[str, dict[str, Any]]:
   """Forward statistics of each layer, stacked."""
   rows: dict[tuple[str, str], list] = collections.defaultdict(list)
   seen_BxLx1 = seen_BxL[..., None].astype(jnp.float32)
@@ -136,17 +196,21 @@ def _activations(model, params, tokens_BxL, mask_BxL, seen_BxL) -> dict[str, dic
       mean_BxF = jnp.sum(jnp.abs(x) * seen_BxLx1, 1) / lengths_Bx1
       rows['mean_square', site].append(jnp.sum(jnp.square(mean_BxF), 0))
       rows['square', site].append(jnp.sum(jnp.square(x) * seen_BxLx1, (0, 1)))
-    elif isinstance(module, LmAttention | LmFfn):
-      site = ATTENTION if isinstance(module, LmAttention) else FFN
-      rows['influence', site].append(jnp.sum((1 - _cosine(x, x + out)) * seen_BxLx1[..., 0]))
+    elif type(module) in _MODULES:
+      site = _MODULES[type(module)]
+      after = out[0] if site == LAYER else x + out
+      rows['influence', site].append(jnp.sum((1 - _cosine(x, after)) * seen_BxLx1[..., 0]))
     return out
 
   with nn.intercept_methods(listen):
-    model.apply({'params': params}, tokens_BxL, mask_BxL, method='hidden')
+    model.apply({'params': params}, tokens_BxL, mask_BxL, gates, method='hidden')
   found: dict[str, dict[str, Any]] = collections.defaultdict(dict)
   for (kind, site), each in rows.items():
     found[kind][site] = jnp.stack(each)
   return found
+
+
+_MODULES = {LmAttention: ATTENTION, LmFfn: FFN, LmLayer: LAYER}
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """Scorers: how much each module or unit is worth, from what calibration collected.
 
-A scorer gives scores by site, `[N]` for modules and `[N, U]` for units, larger for what is worth
-more; it names what it needs. Sources: Michel et al., 2019; Bansal et al., 2023 (`taylor`); Kwon et
-al., 2022 (`fisher`); Muralidharan et al., 2024 (`activation`); Sun et al., 2024 (`wanda`); Men et
-al., 2024 (`influence`). Letters: N layers, H heads, K head width, F hidden width, D model width.
+A scorer gives scores by site, `[N]` for modules and layers and `[N, U]` for units, larger for what
+is worth more; it names what it needs. Sources: Michel et al., 2019; Bansal et al., 2023 (`taylor`);
+Kwon et al., 2022 (`fisher`); Muralidharan et al., 2024 (`activation`); Sun et al., 2024 (`wanda`);
+Men et al., 2024 (`influence`). Letters: N layers, H heads, K head width, F hidden width, D model
+width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from gatedfm.models import stack
 from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.speech_config import choice
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, Stats
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER, Stats
 
 Scores = dict[str, np.ndarray]
 
@@ -34,10 +35,17 @@ class Calibrated:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A function of `Calibrated`, and what of `calibration.NEEDS` it reads."""
+  """A function of `Calibrated`.
+
+  Attributes:
+    score: the function.
+    needs: what of `calibration.NEEDS` it reads.
+    comparable: whether scores of differing sites are of one unit, such as a loss.
+  """
 
   score: Callable[[Calibrated], Scores]
   needs: tuple[str, ...] = ()
+  comparable: bool = False
 
 
 def taylor(x: Calibrated, layer_norm: bool = False) -> Scores:
@@ -93,22 +101,29 @@ def influence(x: Calibrated) -> Scores:
   return {name: np.array(v) / x.stats.tokens for name, v in x.stats.influence.items()}
 
 
+def oracle(x: Calibrated) -> Scores:
+  """What the loss grows by without the module (Bansal et al., 2023, equation 7, of the loss)."""
+  return {name: np.array(v) / x.stats.examples for name, v in x.stats.removal.items()}
+
+
 def random(x: Calibrated) -> Scores:
   """Uniform: the control that every other scorer has to beat."""
   rng = np.random.default_rng(x.seed)
   sites = (*x.cfg.all_sites(), *x.cfg.unit_sites())
-  return {s.name: rng.random((s.layers, s.units) if s.units > 1 else s.layers) for s in sites}
+  scores = {s.name: rng.random((s.layers, s.units) if s.units > 1 else s.layers) for s in sites}
+  return scores | {LAYER: rng.random(x.cfg.layers)}
 
 
 SCORERS: dict[str, Scorer] = {
-  'taylor': Scorer(taylor, ('gradients',)),
+  'taylor': Scorer(taylor, ('gradients',), True),
   'taylor_layer_norm': Scorer(lambda x: taylor(x, layer_norm=True), ('gradients',)),
-  'fisher': Scorer(fisher, ('gradients',)),
+  'fisher': Scorer(fisher, ('gradients',), True),
   'activation': Scorer(activation, ('activations',)),
   'wanda': Scorer(wanda, ('activations',)),
   'magnitude': Scorer(magnitude),
-  'influence': Scorer(influence, ('activations',)),
-  'random': Scorer(random),
+  'influence': Scorer(influence, ('activations',), True),
+  'oracle': Scorer(oracle, ('removals',), True),
+  'random': Scorer(random, comparable=True),
 }
 
 

@@ -1,15 +1,22 @@
 """Budgets are kept, the lowest go, and shapes are what they say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatedfm.gates import Gates
+from gatedfm.execution import lm_workdir
+from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.gates import Cost, Gates
+from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError
-from gatedfm.pruning.allocation import Allocation, allocate, combine, parse_budget
-from gatedfm.pruning.calibration import CHANNELS, FFN, HEADS
+from gatedfm.pruning import scorers
+from gatedfm.pruning.allocation import NAMES, Allocation, allocate, combine, parse_budget
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
+from gatedfm.pruning.scorers import Calibrated
 
 CFG = tiny_lm.KINDS['llama']  # 3 layers, 6 heads on 2 of keys and values, 10 channels
 
@@ -27,10 +34,11 @@ def test_budgets_are_read():
   ('text', 'message'),
   [
     ('', "budget ''"),
-    ('head:0.5', 'names are heads, ffn, attention, channels'),
+    ('head:0.5', 'names are heads, ffn, attention, channels, layers, params'),
     ('heads', 'is not a number'),
     ('heads:70', 'between 0 and 1'),
     ('heads:0.1,heads:0.2', 'names heads twice'),
+    ('heads:0.1,macs:0.2', 'stands alone'),
   ],
 )
 def test_other_budgets_are_not(text, message):
@@ -114,3 +122,72 @@ def test_combine():
   both = combine([a, Gates({HEADS: np.array([[0.0, 1]])})])
   np.testing.assert_array_equal(both[HEADS], [[0, 0]])
   np.testing.assert_array_equal(both[FFN], [1])
+
+
+@pytest.mark.parametrize('kind', tiny_lm.KINDS)
+@pytest.mark.parametrize('cost', ['params', 'macs'])
+@pytest.mark.parametrize(
+  'over', [('heads', 'ffn'), ('heads', 'channels'), ('attention', 'channels'), ('layers',)]
+)
+def test_budgets_of_the_whole_model(kind, cost, over):
+  """Counted in what compaction leaves: as much as was asked for, and hardly more."""
+  cfg, tokens = tiny_lm.KINDS[kind], 20
+  dense = LmCheckpoint(cfg, tiny_lm.params(kind), None, {})
+  how = Allocation(groups=True, over=over, tokens=tokens)
+  scores = scorers.random(Calibrated(cfg, dense.params, seed=3))
+  gates = allocate(scores, {cost: 0.2}, cfg, how)
+  name = {'params': 'parameters', 'macs': 'macs'}[cost]
+  count = lambda model: lm_costs.count(cfg, model.params, tokens)[name]
+  gone = (count(dense) - count(lm_workdir.compacted(dense, gates, {}))) / count(dense)
+  costs = lm_costs.of_gates(cfg, tokens)
+  largest = max(getattr(costs[NAMES[n]], cost) for n in over) / count(dense)
+  groups = getattr(costs[HEADS], cost) * cfg.heads / count(dense)
+  assert 0.2 - 1e-9 <= gone <= 0.2 + max(largest, groups)
+
+
+@pytest.mark.parametrize('kind', tiny_lm.KINDS)
+def test_costs_of_gates_add_up(kind):
+  cfg = tiny_lm.KINDS[kind]
+  costs, params = lm_costs.of_gates(cfg, 20), tiny_lm.params(kind)
+  gates = Gates({ATTENTION: np.array([1, 0, 1]), FFN: np.array([0, 0, 1])})
+  small = lm_workdir.compacted(LmCheckpoint(cfg, params, None, {}), gates, {})
+  gone = lm_costs.count(cfg, params, 20), lm_costs.count(cfg, small.params, 20)
+  of = lambda field: getattr(costs[ATTENTION], field) + 2 * getattr(costs[FFN], field)
+  # Norms that stand after the sum stay.
+  norms = 0 if cfg.pre_norm else 3 * 2 * cfg.d
+  assert gone[0]['parameters'] - gone[1]['parameters'] == of('params') - norms
+  assert gone[0]['macs'] - gone[1]['macs'] == of('macs')
+  assert costs[LAYER] == Cost(
+    *(a + b for a, b in zip(*map(dataclasses.astuple, (costs[ATTENTION], costs[FFN]))))
+  )
+
+
+def test_more_than_there_is():
+  scores = scorers.random(Calibrated(CFG, None))
+  with pytest.raises(ConfigError, match=r'ffn are \d+% of the params: 90% cannot be closed'):
+    allocate(scores, {'params': 0.9}, CFG, Allocation(over=('ffn',)))
+  with pytest.raises(ConfigError, match='shape is uniform'):
+    allocate(scores, {'params': 0.1}, CFG, Allocation('uniform'))
+  with pytest.raises(ConfigError, match='has to be measured'):
+    allocate(scores, {'latency': 0.1}, CFG)
+  with pytest.raises(ConfigError, match='a part and its whole'):
+    Allocation(over=('heads', 'attention'))
+
+
+def test_layers_close_both_modules_and_what_is_closed_stays():
+  scores = {LAYER: np.array([0.3, 0.1, 0.2])}
+  gates = allocate(scores, {LAYER: 0.4}, CFG)
+  for site in (ATTENTION, FFN):
+    np.testing.assert_array_equal(gates[site], [1, 0, 1])
+  again = allocate({LAYER: np.array([0.1, 0.3, 0.2])}, {LAYER: 0.7}, CFG, closed=gates)
+  np.testing.assert_array_equal(again[FFN], [0, 0, 1])
+  costs = allocate({LAYER: np.array([0.1, 0.3, 0.2])}, {'macs': 0.3}, CFG,
+                   Allocation(over=('layers',)), gates)  # fmt: skip
+  assert costs[FFN][1] == 0
+
+
+def test_the_floor_of_a_budget_in_parameters():
+  scores = scorers.random(Calibrated(CFG, None))
+  gates = allocate(scores, {'params': 0.12}, CFG, Allocation(over=('heads',), floor=2))
+  assert (gates[HEADS].sum(1) >= 2).all()
+  assert (gates[HEADS] == 0).any()

@@ -14,10 +14,10 @@ from gatedfm.gates import Gates
 from gatedfm.models import lm_losses
 from gatedfm.models.lm import for_inference
 from gatedfm.pruning import calibration
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
 
 
-def collect(kind, rows, needs=calibration.NEEDS):
+def collect(kind, rows, needs=('gradients', 'activations')):
   batches = lm_batches.batches(tiny_lm.pairs(), rows, 32)
   return calibration.collect(tiny_lm.KINDS[kind], tiny_lm.params(kind), batches, needs)
 
@@ -100,6 +100,37 @@ def test_losses_are_log_likelihoods(kind):
       if number >= 0:
         mean = float((got[row] * b.weight[row]).sum() / b.weight[row].sum())
         assert mean == pytest.approx(float(losses(kind)[0]({}, *arrays(pairs[number]))), rel=1e-4)
+
+
+def test_removals_are_the_loss_without_each_module(kind):
+  cfg, stats = tiny_lm.KINDS[kind], collect(kind, 2, ['removals'])
+  assert not stats.by_token
+  loss = lambda gates: sum(float(losses(kind)[0](gates, *arrays(p))) for p in tiny_lm.pairs())
+  for site, names in ((ATTENTION, [ATTENTION]), (FFN, [FFN]), (LAYER, [ATTENTION, FFN])):
+    for i in range(cfg.layers):
+      without = {name: (np.arange(cfg.layers) != i).astype(np.float32) for name in names}
+      np.testing.assert_allclose(
+        stats.removal[site][i], loss(without) - loss({}), rtol=1e-3, atol=1e-4
+      )
+
+
+def test_scores_of_a_pruned_model(kind):
+  """What is closed counts nothing; the rest is scored without it."""
+  cfg = tiny_lm.KINDS[kind]
+  heads = np.ones((3, cfg.heads), np.float32)
+  heads[1, 0] = heads[2, 1] = 0
+  base = {HEADS: heads, FFN: np.array([1.0, 0.0, 1.0], np.float32)}
+  batches = list(lm_batches.batches(tiny_lm.pairs(), 2, 32))
+  args = cfg, tiny_lm.params(kind), batches
+  stats = calibration.collect(*args, calibration.NEEDS, gates=Gates(base))
+  slopes = [losses(kind)[1](base, *arrays(pair)) for pair in tiny_lm.pairs()]
+  want = sum(np.square(s[HEADS]) for s in slopes) * heads
+  np.testing.assert_allclose(stats.by_example[HEADS], want, rtol=2e-3, atol=1e-6)
+  assert stats.by_token[FFN][1] == 0
+  assert stats.removal[FFN][1] == pytest.approx(0, abs=1e-5)
+  dense = collect(kind, 2).square[CHANNELS]
+  np.testing.assert_allclose(stats.square[CHANNELS][0], dense[0], rtol=1e-4)
+  assert not np.allclose(stats.square[CHANNELS][2], dense[2], rtol=1e-2)
 
 
 def test_no_texts():

@@ -9,7 +9,7 @@ from gatedfm.data import lm_batches
 from gatedfm.models.lm import for_inference
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.pruning import calibration, scorers
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
 from gatedfm.pruning.scorers import Calibrated
 
 
@@ -17,7 +17,7 @@ from gatedfm.pruning.scorers import Calibrated
 def calibrated(request, fast_compilation):
   cfg, params = tiny_lm.KINDS[request.param], tiny_lm.params(request.param)
   batches = lm_batches.batches(tiny_lm.pairs(), 2, 32)
-  return Calibrated(cfg, params, calibration.collect(cfg, params, batches))
+  return Calibrated(cfg, params, calibration.collect(cfg, params, batches, calibration.NEEDS))
 
 
 def inputs(x, pair):
@@ -36,12 +36,16 @@ def test_scores_have_a_number_for_each_gate(calibrated, name):
   scores = scorers.get(name).score(calibrated)
   cfg = calibrated.cfg
   shapes = {ATTENTION: (3,), FFN: (3,), HEADS: (3, cfg.heads), CHANNELS: (3, cfg.ffn)}
-  modules_alone = name == 'influence'
-  assert set(scores) == ({ATTENTION, FFN} if modules_alone else set(shapes))
+  shapes |= {LAYER: (3,)}
+  if name in ('influence', 'oracle'):
+    assert set(scores) == {ATTENTION, FFN, LAYER}
+  else:
+    assert set(scores) - {LAYER} == set(shapes) - {LAYER}
+    assert (LAYER in scores) == (name in ('taylor', 'taylor_layer_norm', 'fisher', 'random'))
   for site, score in scores.items():
     assert score.shape == shapes[site]
     assert np.isfinite(score).all()
-    assert (score >= 0).all()
+    assert (score >= 0).all() or name == 'oracle'
     assert len(np.unique(score)) > 1
 
 
