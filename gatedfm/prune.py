@@ -18,8 +18,13 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Language model, from impo
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to write; it must be empty or new.')
 _SCORER = flags.DEFINE_string('scorer', 'taylor', 'How modules and units are scored.')
 _BUDGET = flags.DEFINE_string(
-  'budget', None, 'Shares to close: heads:0.7,ffn:0.2; also attention and channels.'
+  'budget',
+  None,
+  'Shares to close: heads:0.7,ffn:0.2; also attention, channels, layers. Or a share of the model: '
+  'params:0.3, macs:0.3, latency:0.3 (measured).',
 )
+_OVER = flags.DEFINE_list('over', ['heads', 'ffn'], 'What a share of the model is closed among.')
+_STEPS = flags.DEFINE_integer('steps', 1, 'Parts of the budget; what is left is scored anew.')
 _CALIBRATION = flags.DEFINE_list('calibration', [], 'Tasks or files that scores are taken on.')
 _EXAMPLES = flags.DEFINE_integer('examples', 100, 'Of each task, of its training split.')
 _SHOTS = flags.DEFINE_integer('shots', 0, 'Answered questions in front of each example.')
@@ -48,6 +53,9 @@ def main(argv: list[str]) -> None:
   from gatedfm.pruning.allocation import Allocation
 
   with mains.clear_errors():
+    over = tuple(_OVER.value)
+    options = _SHAPE.value, _BUCKET.value, _FLOOR.value, _GROUPS.value, over, _TOKENS.value
+    shape = Allocation(*options)
     how = pruning_runs.Pruning(
       _SCORER.value,
       _BUDGET.value,
@@ -55,10 +63,11 @@ def main(argv: list[str]) -> None:
       _EXAMPLES.value,
       _SHOTS.value,
       _AGGREGATION.value,
-      Allocation(_SHAPE.value, _BUCKET.value, _FLOOR.value, _GROUPS.value),
+      shape,
       _TOKENS.value,
       _ROUNDS.value,
       _SEED.value,
+      _STEPS.value,
     )
     folders = mains.folder(_CHECKPOINT.value), mains.folder(_WORKDIR.value)
     pruning_runs.run(*folders, how, lambda line: print(line, flush=True))

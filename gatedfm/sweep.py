@@ -1,7 +1,8 @@
-"""Trains, evaluates, times and reports a family of models; restartable.
+"""Trains or prunes, evaluates, times and reports a family of models; restartable.
 
 Example:
   python -m gatedfm.sweep --config=configs/gated_speech/quickstart.py --workdir=runs/quickstart
+  python -m gatedfm.sweep --config=configs/importance_pruning/quickstart.py --workdir=runs/lm
 
 The same command resumes: what is trained, evaluated or prepared is not repeated.
 """
@@ -33,11 +34,13 @@ def main(argv: list[str]) -> None:
     with mains.clear_errors():
       _refuse_hosts()
   mains.set_up()
-  from gatedfm.evaluation import sweep
+  from gatedfm.evaluation import importance_sweep, sweep
 
   with mains.clear_errors():
     workdir = mains.folder(_WORKDIR.value)
-    if _ONLY.value:
+    if isinstance(mains.loaded(_CONFIG.value), importance_sweep.ImportanceConfig):
+      importance_sweep.run(_CONFIG.value, workdir)
+    elif _ONLY.value:
       sweep.train_point(mains.loaded(_CONFIG.value), workdir, _ONLY.value)
     else:
       sweep.run(mains.loaded(_CONFIG.value), workdir)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gatedfm.data.types import DataError
 
-LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class LmBatch:
   number: np.ndarray
 
 
-def batches(pairs: Sequence[Pair], rows: int, most: int, pad: int = 0) -> Iterator[LmBatch]:
-  """All pairs once, those of like length together, the longest first.
+def batches(pairs: Sequence[Pair], room: int, most: int, pad: int = 0) -> Iterator[LmBatch]:
+  """All pairs once, the longest first; how many there are in a batch follows from its length.
 
   Args:
     pairs: in any order.
-    rows: B.
+    room: tokens of a batch, B times L, or one example where that is longer.
     most: tokens that the model has positions for; longer contexts lose their beginning.
     pad: token that fills rows.
 
@@ -61,13 +61,16 @@ def batches(pairs: Sequence[Pair], rows: int, most: int, pad: int = 0) -> Iterat
     DataError: a target that alone is longer than that.
   """
   cut = [_cut(pair, most) for pair in pairs]
-  shapes = collections.defaultdict(list)
+  by_targets = collections.defaultdict(list)
   for number, pair in enumerate(cut):
-    targets = 1 << (len(pair.target) - 1).bit_length()
-    shapes[length_of(len(pair), most), targets].append(number)
-  for (length, targets), numbers in sorted(shapes.items(), reverse=True):
-    for start in range(0, len(numbers), rows):
-      yield _batch(cut, numbers[start : start + rows], rows, length, targets, pad)
+    by_targets[1 << (len(pair.target) - 1).bit_length()].append(number)
+  for targets, numbers in sorted(by_targets.items(), reverse=True):
+    numbers.sort(key=lambda number: -len(cut[number]))
+    while numbers:
+      length = length_of(len(cut[numbers[0]]), most)
+      rows = max(1, room // length)
+      yield _batch(cut, numbers[:rows], rows, length, targets, pad)
+      del numbers[:rows]
 
 
 def _cut(pair: Pair, most: int) -> Pair:

@@ -75,7 +75,7 @@ class Evaluator:
     cfg, params: of the model, in either layout, or compacted.
     tokenizer: its own.
     fixed: gates that compaction has fixed, else None.
-    rows: B, examples at a time.
+    room: tokens at a time, B times L.
     most: tokens of a prompt at most; longer ones lose their beginning.
     execution: `skip` saves the time of modules whose gates are closed, `mask` computes them.
   """
@@ -86,11 +86,11 @@ class Evaluator:
     params: Any,
     tokenizer: LmTokenizer,
     fixed: Gates | None = None,
-    rows: int = 8,
+    room: int = 512,
     most: int = 1024,
     execution: str = 'skip',
   ):
-    self._cfg, self._tokenizer, self._rows = cfg, tokenizer, rows
+    self._cfg, self._tokenizer, self._room = cfg, tokenizer, room
     self._most = min(most, cfg.max_tokens)
     model, self._params = for_inference(cfg, params, execution)
 
@@ -197,7 +197,7 @@ class Evaluator:
       yield b, np.asarray(self._targets((b.tokens.shape, b.at.shape, _length(prefix)), *args))
 
   def _batches(self, pairs: Sequence[Pair]) -> Iterable[LmBatch]:
-    return lm_batches.batches(pairs, self._rows, self._most, max(self._cfg.pad, 0))
+    return lm_batches.batches(pairs, self._room, self._most, max(self._cfg.pad, 0))
 
   def ask(
     self,

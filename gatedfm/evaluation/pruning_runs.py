@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gatedfm.data.types import DataError
 from gatedfm.evaluation import lm_timing
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.gates import Gates
 from gatedfm.models import lm_costs
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
@@ -28,6 +30,8 @@ from gatedfm.pruning.calibration import HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
 
 REPORT, SCORES = 'report.json', 'scores.npz'
+_ROOM = 1024  # tokens at a time
+_LEAST = {'examples': 1, 'shots': 0, 'tokens': 8, 'rounds': 0, 'seed': 0, 'steps': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Pruning:
     tokens: of a prompt at most, and of the text that is timed.
     rounds: of the timing; 0 leaves it out.
     seed: of examples, shots and random scores.
+    steps: of rising budgets, each scored anew on what the step before left; 1 is the published
+      protocol, which scores once.
   """
 
   scorer: str
@@ -57,18 +63,21 @@ class Pruning:
   tokens: int = 512
   rounds: int = 7
   seed: int = 0
+  steps: int = 1
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, for what cannot be done."""
     needs = scorers.get(self.scorer).needs
-    allocation.parse_budget(self.budget)
+    budget = allocation.parse_budget(self.budget)
+    if 'latency' in budget and (self.steps > 1 or not self.rounds):
+      raise ConfigError('a budget in latency is measured, and in one step: rounds, and steps=1')
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
     if needs and not self.calibration:
       raise ConfigError(
         f'scorer {self.scorer} reads texts: give tasks ({", ".join(questions.TASKS)}) or files to '
         '--calibration'
       )
-    for name, least in (('examples', 1), ('shots', 0), ('tokens', 8), ('rounds', 0), ('seed', 0)):
+    for name, least in _LEAST.items():
       if getattr(self, name) < least:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least {least}')
 
@@ -90,10 +99,14 @@ def run(
   if dense.cut is not None:
     raise ConfigError(f'{checkpoint} was pruned before: start from the model that it was cut from')
   origin = provenance.collect('gatedfm.prune')
-  scores, seconds = score(dense, how, say)
-  gates = allocation.allocate(
-    scores, allocation.parse_budget(how.budget), dense.cfg, how.allocation
-  )
+  start, first = time.perf_counter(), score(dense, how, say)
+  rescored = lambda closed: first if closed is None else score(dense, how, say, closed)
+  seconds = time.perf_counter() - start
+  budget = allocation.parse_budget(how.budget)
+  if 'latency' in budget:
+    gates = within_latency(dense, first, budget['latency'], how, say)
+  else:
+    gates = in_steps(rescored, budget, dense.cfg, how.steps, how.allocation)
   history = {'parent': str(checkpoint), 'pruning': dataclasses.asdict(how), **origin}
   small = lm_workdir.compacted(dense, gates, history | {'of': dense.origin})
   report = history | {'scoring_seconds': seconds, 'closed': _closed(gates.values)}
@@ -103,29 +116,112 @@ def run(
     costs = lm_costs.count(model.cfg, model.params, how.tokens)
     report[name] = costs | times.get(name, {})
   lm_workdir.save(workdir, small)
-  np.savez(workdir / SCORES, **{k.replace('/', '.'): v for k, v in scores.items()})
+  save_scores(workdir / SCORES, first)
   report = json.loads(json.dumps(report))
   atomic.write_text(workdir / REPORT, json.dumps(report, indent=1) + '\n')
-  if HEADS in scores:
-    plots.save(plots.importance(scores[HEADS], gates.values.get(HEADS)), workdir / 'heads.png')
+  if HEADS in first:
+    plots.save(plots.importance(first[HEADS], gates.values.get(HEADS)), workdir / 'heads.png')
   for line in describe(report):
     say(line)
   return report
 
 
-def score(dense: LmCheckpoint, how: Pruning, say: Callable[[str], None]) -> tuple[Scores, float]:
-  """Scores of all that the scorer knows, and the seconds that they took."""
-  scorer, start = scorers.get(how.scorer), time.perf_counter()
+def save_scores(path: Path, scores: Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz; names of sites have a point for their slash."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **{name.replace('/', '.'): score for name, score in scores.items()})
+  atomic.write_bytes(path, buffer.getvalue())
+
+
+def load_scores(path: Path) -> Scores:
+  """What `save_scores` wrote.
+
+  Raises:
+    DataError: no such file, or another.
+  """
+  try:
+    with np.load(path) as file:
+      return {name.replace('.', '/'): file[name] for name in file.files}
+  except (OSError, ValueError) as e:
+    raise DataError(f'{path} holds no scores: {e}; gatedfm.prune writes them') from None
+
+
+def score(
+  dense: LmCheckpoint, how: Pruning, say: Callable[[str], None], closed: Gates | None = None
+) -> Scores:
+  """Scores of all that the scorer knows, in a model of which `closed` is gone already."""
+  scorer = scorers.get(how.scorer)
+  of = lambda stats: scorer.score(Calibrated(dense.cfg, dense.params, stats, how.seed))
   if not scorer.needs:
-    return scorer.score(Calibrated(dense.cfg, dense.params, None, how.seed)), 0.0
+    return of(None)
   each = []
   for name in how.calibration:
     pairs = texts(name, dense, how)
-    batches = lm_batches.batches(pairs, 4, min(how.tokens, dense.cfg.max_tokens), _pad(dense.cfg))
+    batches = lm_batches.batches(
+      pairs, _ROOM, min(how.tokens, dense.cfg.max_tokens), _pad(dense.cfg)
+    )
     tell = lambda line, name=name: say(f'{name}: {line}')
-    stats = calibration.collect(dense.cfg, dense.params, batches, scorer.needs, tell)
-    each.append(scorer.score(Calibrated(dense.cfg, dense.params, stats, how.seed)))
-  return scorers.aggregate(each, how.aggregation), time.perf_counter() - start
+    each.append(
+      of(calibration.collect(dense.cfg, dense.params, batches, scorer.needs, tell, closed))
+    )
+  return scorers.aggregate(each, how.aggregation)
+
+
+def in_steps(
+  score: Callable[[Gates | None], Scores],
+  budget: Mapping[str, float],
+  cfg: LmConfig,
+  steps: int,
+  how: Allocation = allocation.RAGGED,
+) -> Gates:
+  """Closes a part of the budget at a time, what is closed staying so.
+
+  Args:
+    score: of the model of which those gates are closed; None for the dense one.
+    budget, cfg, how: as of `allocation.allocate`.
+    steps: parts; 1 scores the dense model alone.
+  """
+  closed = None
+  for step in range(1, steps + 1):
+    part = {name: share * step / steps for name, share in budget.items()}
+    closed = allocation.allocate(score(closed), part, cfg, how, closed)
+  return closed
+
+
+def within_latency(
+  dense: LmCheckpoint,
+  scores: Scores,
+  share: float,
+  how: Pruning,
+  say: Callable[[str], None],
+  trials: int = 5,
+) -> Gates:
+  """Closes so many MACs that reading a text takes `1 - share` of the dense model's measured time.
+
+  Raises:
+    ConfigError: not even all that may be closed would do.
+  """
+  low, high, best = 0.0, 1.0, None
+  for trial in range(trials):
+    macs = share if trial == 0 else (low + high) / 2
+    try:
+      gates = allocation.allocate(scores, {'macs': macs}, dense.cfg, how.allocation)
+    except ConfigError:
+      high = macs
+      continue
+    models = {'dense': dense, 'pruned': lm_workdir.compacted(dense, gates, {})}
+    times = lm_timing.side_by_side(models, how.tokens, how.rounds, writes=1)
+    ratio = times['pruned']['prefill_ratio']['median']
+    say(f'budget: without {macs:.0%} of the MACs reading takes {ratio:.2f} of the dense time')
+    if ratio <= 1 - share:
+      high, best = macs, gates
+    else:
+      low = macs
+  if best is None:
+    raise ConfigError(
+      f'latency:{share} cannot be had by closing {", ".join(how.allocation.over)}: ask for less'
+    )
+  return best
 
 
 def _pad(cfg: LmConfig) -> int:

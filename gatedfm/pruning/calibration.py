@@ -9,6 +9,7 @@ width, U units.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gatedfm import gates as gates_lib
 from gatedfm.data.lm_batches import LmBatch
 from gatedfm.gates import Gates
 from gatedfm.models.lm import LmAttention, LmFfn, LmLayer, for_inference
@@ -80,11 +82,12 @@ def collect(
     gates: closed (0) for what is gone already, `[N]` or `[N, U]` per site; it stays closed.
     removed: sites of `removals`.
   """
-  model, params = for_inference(cfg, params)
+  _, params = for_inference(cfg, params)
   needs = tuple(n for n in NEEDS if n in set(needs))
-  base = {} if gates is None else gates.values
-  step = jax.jit(lambda params, base, *arrays: _step(model, params, needs, base, *arrays))
-  remove = _remover(cfg, base, removed) if 'removals' in needs else None
+  step, loss = _programs(dataclasses.astuple(cfg), needs)
+  sites = (*cfg.all_sites(), *cfg.unit_sites())
+  base = gates_lib.all_open(sites).values | ({} if gates is None else dict(gates.values))
+  remove = _remover(cfg, base, loss, removed) if 'removals' in needs else None
   total, start = None, time.perf_counter()
   batches = list(batches)
   for i, b in enumerate(batches):
@@ -106,22 +109,30 @@ def _loss(model, params, tokens_BxL, mask_BxL, at_BxP, weight_BxP, gates) -> jax
   return jnp.sum(losses(model, params, tokens_BxL, mask_BxL, at_BxP, gates) * weight_BxP / each_B)
 
 
+@functools.cache
+def _programs(cfg: tuple, needs: tuple[str, ...]) -> tuple[Callable[..., Any], ...]:
+  """Statistics of a batch, and its loss; compiled once, whatever is closed already."""
+  model, _ = for_inference(LmConfig(*cfg), {})
+  skipping, _ = for_inference(LmConfig(*cfg), {}, 'skip')
+  return (
+    jax.jit(functools.partial(_step, model, needs)),
+    jax.jit(functools.partial(_loss, skipping)),
+  )
+
+
 def _remover(
-  cfg: LmConfig, base: dict[str, Any], removed: Sequence[str]
+  cfg: LmConfig, base: dict[str, Any], loss: Callable[..., jax.Array], removed: Sequence[str]
 ) -> Callable[[Any, LmBatch], dict[str, np.ndarray]]:
-  """By how much a batch's loss grows without each module; one program, which skips."""
-  model, _ = for_inference(cfg, {}, 'skip')
-  loss = jax.jit(functools.partial(_loss, model))
-  whole = {ATTENTION: np.ones(cfg.layers), FFN: np.ones(cfg.layers)} | base
+  """By how much a batch's loss grows without each module."""
 
   def without(site: str, layer: int) -> Gates:
     open_N = np.arange(cfg.layers) != layer
     names = (ATTENTION, FFN) if site == LAYER else (site,)
-    return Gates(whole | {name: whole[name] * open_N for name in names})
+    return Gates(base | {name: base[name] * open_N for name in names})
 
   def remove(params: Any, b: LmBatch) -> dict[str, np.ndarray]:
     of = lambda gates: float(loss(params, b.tokens, b.mask, b.at, b.weight, gates))
-    full = of(Gates(whole))
+    full = of(Gates(base))
     return {
       site: np.array([of(without(site, i)) - full for i in range(cfg.layers)]) for site in removed
     }
@@ -129,16 +140,13 @@ def _remover(
   return remove
 
 
-def _step(model, params, needs, base, tokens_BxL, mask_BxL, at_BxP, weight_BxP) -> Stats:
+def _step(model, needs, params, base, tokens_BxL, mask_BxL, at_BxP, weight_BxP) -> Stats:
   real_B = weight_BxP.sum(1) > 0
   seen_BxL = mask_BxL & real_B[:, None]
   sums: dict[str, dict[str, jax.Array]] = {name: {} for name in Stats.__annotations__}
   if 'gradients' in needs:
     closed = lambda gates: Gates(
-      {
-        n: g * jnp.reshape(base[n], _shape(base[n], g)) if n in base else g
-        for n, g in gates.values.items()
-      }
+      {n: g * jnp.reshape(base[n], _shape(base[n], g)) for n, g in gates.values.items()}
     )
     args = model, params, tokens_BxL, mask_BxL, at_BxP, weight_BxP
     slopes = jax.grad(lambda gates: _loss(*args, closed(gates)))(

@@ -37,7 +37,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def evaluator(params, tokenizer, fast_compilation):
-  return Evaluator(CFG, params, tokenizer, rows=3, most=64)
+  return Evaluator(CFG, params, tokenizer, room=48, most=64)
 
 
 def by_hand(params, tokenizer, context, choice):
@@ -100,7 +100,7 @@ def test_a_shared_beginning_is_read_once(params, tokenizer, choices, kept, fast_
     model = LmCheckpoint(CFG, params, tokenizer, {})
     small = lm_workdir.compacted(model, Gates(gates), {})
     cut, fixed = small.params, small.fixed()
-  evaluator = Evaluator(CFG, cut, tokenizer, fixed, rows=3, most=128)
+  evaluator = Evaluator(CFG, cut, tokenizer, fixed, room=48, most=128)
   drawn = questions.sample(own, 'test', 5, 6, 1, shared=True)
   assert all(shown == drawn[0][1] for _, shown in drawn)
   prompts = [(own.prompt(q, shown), choices) for q, shown in drawn]
@@ -124,7 +124,7 @@ def test_gates_compile_nothing_and_agree_with_compaction(evaluator, params, toke
   assert len(evaluator._choices) == programs
   assert (masked != evaluator.log_likelihoods(ONE)).any()
   small = lm_workdir.compacted(LmCheckpoint(CFG, params, tokenizer, {}), gates, {})
-  other = Evaluator(CFG, small.params, tokenizer, small.fixed(), rows=3, most=64)
+  other = Evaluator(CFG, small.params, tokenizer, small.fixed(), room=48, most=64)
   np.testing.assert_allclose(other.log_likelihoods(ONE), masked, rtol=1e-4)
 
 

@@ -75,7 +75,7 @@ def test_a_run(checkpoint, own, tmp_path, fast_compilation):
   kept = small.cut['decoder/attention_heads']
   score = scores['decoder.attention_heads']
   assert score[kept == 0].max() < score[kept == 1].min()
-  assert any('calibration: 1 batches' in line for line in lines)
+  assert any('calibration: 1 of 1 batches' in line for line in lines)
   assert lines[-1].startswith('time: prefill')
   with pytest.raises(ConfigError, match='was pruned before'):
     pruning_runs.run(tmp_path / 'new', tmp_path / 'again', how(own))

@@ -18,7 +18,7 @@ from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
 
 
 def collect(kind, rows, needs=('gradients', 'activations')):
-  batches = lm_batches.batches(tiny_lm.pairs(), rows, 32)
+  batches = lm_batches.batches(tiny_lm.pairs(), 16 * rows, 32)
   return calibration.collect(tiny_lm.KINDS[kind], tiny_lm.params(kind), batches, needs)
 
 
@@ -94,7 +94,7 @@ def test_tokens_count_one_by_one(kind):
 def test_losses_are_log_likelihoods(kind):
   model, params = for_inference(tiny_lm.KINDS[kind], tiny_lm.params(kind))
   pairs, compute = tiny_lm.pairs(), tiny_speech.jit(functools.partial(lm_losses.losses, model))
-  for b in lm_batches.batches(pairs, 3, 32):
+  for b in lm_batches.batches(pairs, 48, 32):
     got = compute(params, b.tokens, b.mask, b.at)
     for row, number in enumerate(b.number):
       if number >= 0:
@@ -120,7 +120,7 @@ def test_scores_of_a_pruned_model(kind):
   heads = np.ones((3, cfg.heads), np.float32)
   heads[1, 0] = heads[2, 1] = 0
   base = {HEADS: heads, FFN: np.array([1.0, 0.0, 1.0], np.float32)}
-  batches = list(lm_batches.batches(tiny_lm.pairs(), 2, 32))
+  batches = list(lm_batches.batches(tiny_lm.pairs(), 32, 32))
   args = cfg, tiny_lm.params(kind), batches
   stats = calibration.collect(*args, calibration.NEEDS, gates=Gates(base))
   slopes = [losses(kind)[1](base, *arrays(pair)) for pair in tiny_lm.pairs()]

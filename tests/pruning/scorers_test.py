@@ -16,7 +16,7 @@ from gatedfm.pruning.scorers import Calibrated
 @pytest.fixture(scope='module', params=tiny_lm.KINDS)
 def calibrated(request, fast_compilation):
   cfg, params = tiny_lm.KINDS[request.param], tiny_lm.params(request.param)
-  batches = lm_batches.batches(tiny_lm.pairs(), 2, 32)
+  batches = lm_batches.batches(tiny_lm.pairs(), 32, 32)
   return Calibrated(cfg, params, calibration.collect(cfg, params, batches, calibration.NEEDS))
 
 

@@ -1,0 +1,324 @@
+"""A sweep over pruned language models: scored once, closed by many budgets, asked, compared.
+
+Every answer is a line of `answers.jsonl` as soon as it is there: the same command resumes. What is
+pruned is masked, not compacted, so that all points run in the same few programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gatedfm import atomic, json_lines, metrics, provenance
+from gatedfm.data import lm_batches, questions
+from gatedfm.evaluation import pruning_runs
+from gatedfm.evaluation.few_shot import Evaluator
+from gatedfm.evaluation.pruning_runs import Pruning
+from gatedfm.execution import lm_workdir
+from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.gates import Gates
+from gatedfm.models import lm_costs
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning import allocation, calibration, scorers
+from gatedfm.pruning.scorers import Calibrated, Scores
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers import log
+from gatedfm.trainers.log import say
+from gatedfm.trainers.workdirs import WorkdirError
+
+DENSE = 'dense'
+ANSWERS, SUMMARY, CONFIG = 'answers.jsonl', 'summary.json', 'sweep.json'
+
+
+@dataclasses.dataclass(slots=True)
+class PrunedConfig:
+  """One pruned model.
+
+  Attributes:
+    scorer, budget: as of `gatedfm.prune`.
+    steps: of rising budgets, each scored anew on what the step before left; 1 scores once.
+  """
+
+  scorer: str = 'taylor'
+  budget: str = ''
+  steps: int = 1
+
+
+@dataclasses.dataclass(slots=True)
+class ImportanceConfig:
+  """What is compared, and on what.
+
+  Attributes:
+    checkpoint: folder of a language model, or `smollm2`, which is then imported into the workdir.
+    tasks: sets of StaICC, or files; scored on their training split, asked on `split`.
+    shots: answered questions in front of each, the same for all questions of a seed.
+    seeds: of questions and shots; random scores are drawn anew for each.
+    questions: per task, number of shots and seed.
+    examples: of each task and number of shots, that scores are taken on; removals: of the oracle.
+    aggregation: of their scores, see `scorers.aggregate`.
+    text: set whose questions' texts give the perplexity; text_tokens: how much of it.
+    room: tokens at a time.
+    points: by name.
+  """
+
+  checkpoint: str = 'smollm2'
+  tasks: tuple[str, ...] = ('sst2', 'trec', 'rotten_tomatoes', 'tweet_eval_emotion', 'agnews')
+  shots: tuple[int, ...] = (0, 4)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  split: str = 'test'
+  questions: int = 70
+  examples: int = 64
+  removals: int = 16
+  aggregation: str = 'mean'
+  text: str = 'agnews'
+  text_tokens: int = 4096
+  room: int = 512
+  points: dict[str, PrunedConfig] = dataclasses.field(default_factory=dict)
+
+  def validate(self) -> None:
+    """Raises ConfigError, naming the field and the mend, before anything is computed."""
+    if not self.points or not self.tasks or not self.shots or not self.seeds:
+      raise ConfigError('a sweep needs points, tasks, shots and seeds, one of each at least')
+    if DENSE in self.points:
+      raise ConfigError(f'{DENSE} is what all points are compared with: name yours otherwise')
+    for name, point in self.points.items():
+      try:
+        scorers.get(point.scorer)
+        allocation.parse_budget(point.budget)
+      except ConfigError as e:
+        raise ConfigError(f'points.{name}: {e}') from None
+      if point.steps < 1:
+        raise ConfigError(f'points.{name}.steps is {point.steps}; it must be at least 1')
+    for name in ('questions', 'examples', 'removals', 'text_tokens', 'room'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least 1')
+
+
+def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
+  """Scores, prunes, asks and summarises what is not there yet.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: what cannot be done, before anything is computed.
+    WorkdirError: the workdir of another sweep.
+  """
+  cfg.validate()
+  _claim(cfg, workdir)
+  tasks = {name: questions.load(name) for name in cfg.tasks}
+  model, sweep_start = _model(cfg, workdir), time.perf_counter()
+  scores = _Scores(cfg, model, workdir / 'scores')
+  evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=cfg.room)
+  rows = json_lines.read(workdir / ANSWERS)
+  done, todo = {_key(row) for row in rows}, list(_jobs(cfg))
+  todo = [job for job in todo if job not in done]
+  say(f'sweep: {len(cfg.points)} points; {len(done)} answers are there, {len(todo)} to go')
+  gates = functools.lru_cache(maxsize=None)(
+    lambda name, seed: _gates(cfg, model, scores, name, seed)
+  )
+  told = start = time.perf_counter()
+  for i, (name, what, shots, seed) in enumerate(todo):
+    closed = None if name == DENSE else gates(name, _seed_of(cfg, name, seed))
+    row = {'point': name, 'what': what, 'shots': shots, 'seed': seed}
+    if what == 'perplexity':
+      row['value'] = evaluator.perplexity(_text(cfg, model), gates=closed)
+    else:
+      task = tasks[what]
+      drawn = cfg.split, cfg.questions, shots, seed
+      answered = evaluator.ask(task, *drawn, closed, task.blank is not None, shared=True)
+      row['plain'] = _bits(answered.correct)
+      if answered.blank is not None:
+        row['calibrated'] = _bits(answered.calibrated().correct)
+    _append(workdir / ANSWERS, row)
+    rows.append(row)
+    if time.perf_counter() - told > 20 or i + 1 == len(todo):
+      told = time.perf_counter()
+      left = (told - start) / (i + 1) * (len(todo) - i - 1)
+      say(f'sweep: {i + 1} of {len(todo)}: {name}, {what}; {log.duration(left)} left')
+  summary = summarize(cfg, model, rows, lambda name: gates(name, cfg.seeds[0]))
+  summary['seconds'] = time.perf_counter() - sweep_start
+  atomic.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + '\n')
+  return summary
+
+
+def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
+  """Raises WorkdirError where another sweep, or something else, is at home."""
+  own = json.loads(json.dumps(config_lib.to_dict(cfg)))
+  path = workdir / CONFIG
+  if not path.exists():
+    lm_workdir.refuse_used(workdir)
+    atomic.write_text(path, json.dumps(own, indent=1) + '\n')
+    return
+  old = json.loads(path.read_text())
+  # Points may come and go: each has its own lines.
+  old['points'] = {name: old['points'].get(name, own['points'][name]) for name in own['points']}
+  if changed := config_lib.differences(old, own):
+    raise WorkdirError(f'{workdir} belongs to another sweep ({"; ".join(changed)}): choose another')
+  atomic.write_text(path, json.dumps(own, indent=1) + '\n')
+
+
+def _model(cfg: ImportanceConfig, workdir: Path) -> LmCheckpoint:
+  folder = Path(cfg.checkpoint).expanduser()
+  if cfg.checkpoint == 'smollm2' and not folder.exists():
+    from gatedfm.convert import lm_files
+
+    folder = workdir / 'model'
+    if not (folder / 'config.json').exists():
+      lm_files.bring('smollm2', Path(), folder, 'float32', say)
+  model = lm_workdir.load(folder)
+  if model.cut is not None:
+    raise ConfigError(f'{folder} was pruned before: start from the model that it was cut from')
+  return model
+
+
+def _jobs(cfg: ImportanceConfig) -> Iterator[tuple[str, str, int, int]]:
+  """What is asked: all points' perplexity first, then a seed and a number of shots at a time."""
+  names = [DENSE, *cfg.points]
+  yield from ((name, 'perplexity', 0, cfg.seeds[0]) for name in names)
+  for seed, shots, name, task in itertools.product(cfg.seeds, cfg.shots, names, cfg.tasks):
+    yield name, task, shots, seed
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
+  return row['point'], row['what'], row['shots'], row['seed']
+
+
+def _seed_of(cfg: ImportanceConfig, name: str, seed: int) -> int:
+  return seed if cfg.points[name].scorer == 'random' else cfg.seeds[0]
+
+
+def _bits(correct: np.ndarray) -> str:
+  return ''.join('01'[int(c)] for c in correct)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+  with path.open('a', encoding='utf-8') as file:
+    file.write(json.dumps(row) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _text(cfg: ImportanceConfig, model: LmCheckpoint) -> str:
+  """Questions' texts of the split that is asked, in their order."""
+  tokens, parts = 0, []
+  for question in questions.load(cfg.text).questions[cfg.split]:
+    parts.append(question.context.split('\n')[0].split(': ', 1)[-1])
+    tokens += len(model.tokenizer.encode(parts[-1]))
+    if tokens >= cfg.text_tokens:
+      break
+  return '\n'.join(parts)
+
+
+class _Scores:
+  """Scores by task and number of shots, taken when they are first asked for, kept in files."""
+
+  def __init__(self, cfg: ImportanceConfig, model: LmCheckpoint, folder: Path):
+    self._cfg, self._model, self._folder = cfg, model, folder
+
+  def aggregated(self, scorer: str, closed: Gates | None = None) -> Scores:
+    """Of all tasks and numbers of shots; of what is pruned already nothing is kept."""
+    each = [
+      self.of(scorer, task, shots, closed)
+      for task, shots in itertools.product(self._cfg.tasks, self._cfg.shots)
+    ]
+    return scorers.aggregate(each, self._cfg.aggregation)
+
+  def of(self, scorer: str, task: str, shots: int, closed: Gates | None = None) -> Scores:
+    """Of one task."""
+    needs = scorers.get(scorer).needs
+    path = self._folder / f'{"_".join((Path(task).stem, str(shots), *needs))}.npz'
+    if closed is not None or not path.exists():
+      stats = self._collect(task, shots, needs, closed)
+      known = [n for n, s in scorers.SCORERS.items() if s.needs == needs]
+      found = {n: self._score(n, stats) for n in known}
+      if closed is not None:
+        return found[scorer]
+      flat = {f'{n}:{site}': v for n, scores in found.items() for site, v in scores.items()}
+      pruning_runs.save_scores(path, flat)
+    flat = pruning_runs.load_scores(path)
+    return {k.split(':')[1]: v for k, v in flat.items() if k.startswith(f'{scorer}:')}
+
+  def _score(self, name: str, stats: Any, seed: int = 0) -> Scores:
+    return scorers.get(name).score(Calibrated(self._model.cfg, self._model.params, stats, seed))
+
+  def _collect(self, task: str, shots: int, needs: Sequence[str], closed: Gates | None) -> Any:
+    if not needs:
+      return None
+    cfg, model = self._cfg, self._model
+    number = cfg.removals if 'removals' in needs else cfg.examples
+    how = Pruning('taylor', '', (task,), number, shots, seed=cfg.seeds[0])
+    pairs = pruning_runs.texts(task, model, how)
+    batches = lm_batches.batches(pairs, cfg.room, how.tokens, max(model.cfg.pad, 0))
+    tell = lambda line: say(f'{task}, {shots} shots, {"/".join(needs)}: {line}')
+    return calibration.collect(model.cfg, model.params, batches, needs, tell, closed)
+
+
+def _gates(
+  cfg: ImportanceConfig, model: LmCheckpoint, scores: _Scores, name: str, seed: int
+) -> Gates:
+  point = cfg.points[name]
+  budget = allocation.parse_budget(point.budget)
+  if point.scorer == 'random':
+    drawn = scorers.random(Calibrated(model.cfg, model.params, seed=seed))
+    return allocation.allocate(drawn, budget, model.cfg)
+  return pruning_runs.in_steps(
+    lambda closed: scores.aggregated(point.scorer, closed), budget, model.cfg, point.steps
+  )
+
+
+def summarize(
+  cfg: ImportanceConfig, model: LmCheckpoint, rows: Sequence[Mapping[str, Any]], gates_of: Any
+) -> dict[str, Any]:
+  """Accuracies with intervals, differences from the dense model, perplexities, costs."""
+  by_point: dict[str, list] = {name: [] for name in (DENSE, *cfg.points)}
+  for row in rows:
+    if row['point'] in by_point:
+      by_point[row['point']].append(row)
+  points = {}
+  dense_costs = lm_costs.count(model.cfg, model.params, 512)
+  for name, mine in by_point.items():
+    about = {} if name == DENSE else dataclasses.asdict(cfg.points[name])
+    for row in mine:
+      if row['what'] == 'perplexity':
+        about['perplexity'] = row['value']
+    if name != DENSE:
+      gates = gates_of(name)
+      about['closed'] = {site: int((g == 0).sum()) for site, g in gates.values.items()}
+      costs = lm_costs.count(model.cfg, lm_workdir.compacted(model, gates, {}).params, 512)
+      about['kept'] = {k: costs[k] / dense_costs[k] for k in ('parameters', 'layer_macs')}
+    for kind, shots in itertools.product(('plain', 'calibrated'), cfg.shots):
+      counts = _counts(mine, kind, shots)
+      if counts is not None:
+        about[f'{kind}_{shots}'] = _accuracy(counts, _counts(by_point[DENSE], kind, shots))
+    points[name] = about
+  about = config_lib.to_dict(cfg)
+  del about['points']
+  origin = provenance.collect('gatedfm.sweep')
+  return origin | {'config': about, 'model': dict(model.origin) | dense_costs, 'points': points}
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], kind: str, shots: int) -> metrics.Counts | None:
+  """Of all tasks and seeds, in one order; None where there is none yet."""
+  mine = [r for r in rows if kind in r and r['shots'] == shots]
+  mine.sort(key=lambda r: (r['what'], r['seed']))
+  if not mine:
+    return None
+  correct = [bit == '1' for r in mine for bit in r[kind]]
+  return metrics.accuracy(correct, [r['what'] for r in mine for _ in r[kind]])
+
+
+def _accuracy(counts: metrics.Counts, dense: metrics.Counts | None) -> dict[str, Any]:
+  bounds = metrics.interval(counts)
+  out = {'questions': len(counts.groups), 'accuracy': counts.scores()}
+  out['interval'] = [bounds.low, bounds.high]
+  if dense is not None and dense.groups == counts.groups:
+    paired = metrics.difference_interval(counts, dense)
+    out |= {'difference': paired.value, 'difference_interval': [paired.low, paired.high]}
+  return out
