@@ -1,0 +1,115 @@
+"""Trains a small attention-only model until induction heads form, and watches them do so.
+
+Olsson et al., "In-context Learning and Induction Heads", 2022: with two layers of attention, loss
+on what has occurred before falls suddenly, when a head begins to match prefixes. Letters: B batch,
+L tokens, N layers, H heads.
+
+Example:
+  python -m gatedfm.analysis.induction_training --json=bump.json --picture=bump.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gatedfm.analysis.head_scorer import HeadScorer
+from gatedfm.analysis.induction import MEASURES, Induction
+from gatedfm.gates import Gates
+from gatedfm.models.lm import LanguageModel
+from gatedfm.models.lm_config import LmConfig, llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What to train.
+
+  Attributes:
+    vocab_size, d, layers, heads: sizes of the model, which has no FFNs.
+    tokens: L, of a text. Each repeats a random block, of a quarter to half of it, so that no fixed
+      distance leads back to what comes next.
+    batch, steps, learning_rate: of Adam, warmed up over a tenth of the steps.
+    log_every: steps between two looks at loss and heads.
+    seed: of parameters and texts.
+  """
+
+  vocab_size: int = 64
+  d: int = 64
+  layers: int = 2
+  heads: int = 4
+  tokens: int = 64
+  batch: int = 32
+  steps: int = 2000
+  learning_rate: float = 3e-3
+  log_every: int = 50
+  seed: int = 0
+
+  def model(self) -> LmConfig:
+    """Rotary positions, norms before attention."""
+    cfg = llama(
+      vocab_size=self.vocab_size, d=self.d, layers=self.layers, heads=self.heads, ffn=1,
+      max_tokens=self.tokens, bos=-1, eos=-1, pad=-1, scan_layers=False,
+    )  # fmt: skip
+    cfg.validate()
+    return cfg
+
+
+def texts(how: Training, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens `[B, L]`, and whether each has occurred in its place a block before, `[B, L]`."""
+  shape, least = (how.batch, how.tokens), how.tokens // 4
+  block_Bx1 = rng.integers(least, 2 * least + 1, (how.batch, 1))
+  at_L = np.arange(how.tokens)
+  drawn_BxL = rng.integers(0, how.vocab_size, shape, np.int32)
+  return np.take_along_axis(drawn_BxL, at_L % block_Bx1, 1), at_L >= block_Bx1
+
+
+def train(how: Training) -> Iterator[dict[str, Any]]:
+  """Trains, and yields now and then where it stands.
+
+  Yields: `step`; `new_loss` and `repeated_loss`, means over tokens (of the last batches) that are
+    drawn and that repeat, in nats; `prefix_matching` and `copying`, `[N][H]`.
+  """
+  cfg = how.model()
+  model, closed = LanguageModel(cfg), Gates({'decoder/ffn': (False,) * how.layers})
+  init = lambda: model.init(jax.random.key(how.seed), jnp.zeros((1, 2), jnp.int32), gates=closed)
+  params = nn.unbox(jax.jit(init)())['params']
+  schedule = optax.linear_schedule(0, how.learning_rate, how.steps // 10)
+  optimizer = optax.adam(schedule, b2=0.98)
+  state = optimizer.init(params)
+  # Blocks of differing length, twice, as in training.
+  looked = Induction(
+    sequences=4, shortest=how.tokens // 4, step=how.tokens // 16, copies=2, dropped=0.0,
+    multiple=how.tokens,
+  )  # fmt: skip
+  scorer = HeadScorer(cfg, looked)
+
+  def losses(params, tokens_BxL, repeated_BxL):
+    logits_BxLxV = model.apply({'params': params}, tokens_BxL[:, :-1], gates=closed)
+    each_BxL = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, tokens_BxL[:, 1:])
+    again = repeated_BxL[:, 1:]
+    parts = jnp.mean(each_BxL, where=~again), jnp.mean(each_BxL, where=again)
+    return each_BxL.mean(), jnp.stack(parts)
+
+  @jax.jit
+  def step(params, state, tokens_BxL, repeated_BxL):
+    (_, parts), slope = jax.value_and_grad(losses, has_aux=True)(params, tokens_BxL, repeated_BxL)
+    change, state = optimizer.update(slope, state)
+    return optax.apply_updates(params, change), state, parts
+
+  rng, recent = np.random.default_rng(how.seed), []
+  for i in range(1, how.steps + 1):
+    params, state, parts = step(params, state, *texts(how, rng))
+    recent.append(parts)
+    if i == 1 or i % how.log_every == 0:
+      scores = list(scorer.scores(params, closed))
+      new, repeated = np.mean(recent, 0).tolist()
+      row = {m: np.mean([s[m] for s in scores], 0).tolist() for m in MEASURES}
+      yield {'step': i, 'new_loss': new, 'repeated_loss': repeated} | row
+      recent = []
