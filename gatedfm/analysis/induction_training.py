@@ -11,7 +11,9 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
+from matplotlib import figure as figures
 
+from gatedfm import atomic, mains, provenance
+from gatedfm.analysis import plots
 from gatedfm.analysis.head_scorer import HeadScorer
 from gatedfm.analysis.induction import MEASURES, Induction
 from gatedfm.gates import Gates
@@ -73,8 +79,8 @@ def texts(how: Training, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 def train(how: Training) -> Iterator[dict[str, Any]]:
   """Trains, and yields now and then where it stands.
 
-  Yields: `step`; `new_loss` and `repeated_loss`, means over tokens (of the last batches) that are
-    drawn and that repeat, in nats; `prefix_matching` and `copying`, `[N][H]`.
+  Yields: `step`; `new_loss` and `repeated_loss`, in nats, means over tokens that are drawn and that
+    repeat, since the last look; `prefix_matching` and `copying`, `[N][H]`.
   """
   cfg = how.model()
   model, closed = LanguageModel(cfg), Gates({'decoder/ffn': (False,) * how.layers})
@@ -109,7 +115,60 @@ def train(how: Training) -> Iterator[dict[str, Any]]:
     recent.append(parts)
     if i == 1 or i % how.log_every == 0:
       scores = list(scorer.scores(params, closed))
-      new, repeated = np.mean(recent, 0).tolist()
-      row = {m: np.mean([s[m] for s in scores], 0).tolist() for m in MEASURES}
+      new, repeated = np.mean(recent, 0).round(4).tolist()
+      row = {m: np.mean([s[m] for s in scores], 0).round(4).tolist() for m in MEASURES}
       yield {'step': i, 'new_loss': new, 'repeated_loss': repeated} | row
       recent = []
+
+
+@plots._styled
+def picture(curve: Sequence[dict[str, Any]]) -> figures.Figure:
+  """Loss of new and repeated tokens, and each head's prefix matching, by step.
+
+  Args:
+    curve: what `train` yielded.
+  """
+  steps = [row['step'] for row in curve]
+  figure = figures.Figure(figsize=(7.6, 3.4), layout='constrained')
+  loss, heads = figure.subplots(1, 2)
+  loss.plot(steps, [row['new_loss'] for row in curve], color=plots.INK, alpha=0.5, label='new')
+  loss.plot(steps, [row['repeated_loss'] for row in curve], color=plots.COLORS[1], label='repeated')
+  loss.set(title='loss of tokens (nats)', xlabel='step')
+  loss.set_ylim(bottom=0)
+  scores_SxNxH = np.array([row['prefix_matching'] for row in curve])
+  for layer in range(scores_SxNxH.shape[1]):
+    for head in range(scores_SxNxH.shape[2]):
+      label = f'heads of layer {layer}' if head == 0 else None
+      color = plots.COLORS[2 * layer % len(plots.COLORS)]
+      heads.plot(steps, scores_SxNxH[:, layer, head], color=color, label=label)
+  heads.set(title='prefix matching', xlabel='step', ylim=(0, 1))
+  for axes in (loss, heads):
+    axes.legend()
+  return figure
+
+
+def main(argv: list[str]) -> None:
+  mains.no_arguments(argv)
+  mains.set_up()
+  with mains.clear_errors():
+    how, start, curve = Training(steps=_STEPS.value, seed=_SEED.value), time.perf_counter(), []
+    for row in train(how):
+      curve.append(row)
+      left = (time.perf_counter() - start) * (how.steps / row['step'] - 1)
+      losses = f'loss {row["new_loss"]:.3f} new, {row["repeated_loss"]:.3f} repeated'
+      best = f'prefix matching up to {np.max(row["prefix_matching"]):.2f}'
+      print(f'step {row["step"]}: {losses}, {best}; about {left:.0f} s left', flush=True)
+    about = {'training': dataclasses.asdict(how), 'seconds': time.perf_counter() - start}
+    about |= provenance.collect('gatedfm.analysis.induction_training')
+    text = json.dumps(about | {'curve': curve}) + '\n'
+    atomic.write_text(mains.folder(_JSON.value), text)
+    if _PICTURE.value:
+      plots.save(picture(curve), mains.folder(_PICTURE.value))
+
+
+if __name__ == '__main__':
+  _JSON = flags.DEFINE_string('json', None, 'File to write the curve into.', required=True)
+  _PICTURE = flags.DEFINE_string('picture', None, 'File for the picture, .png or .svg.')
+  _STEPS = flags.DEFINE_integer('steps', Training.steps, 'Of training.')
+  _SEED = flags.DEFINE_integer('seed', Training.seed, 'Of parameters and texts.')
+  mains.run(main)
