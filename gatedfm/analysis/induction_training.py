@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -68,33 +68,51 @@ class Training:
 
 
 def texts(how: Training, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens `[B, L]`, and whether each has occurred in its place a block before, `[B, L]`."""
+  """Tokens `[B, L]`, and which of them, with the token in front, stood a block before, `[B, L]`."""
   shape, least = (how.batch, how.tokens), how.tokens // 4
   block_Bx1 = rng.integers(least, 2 * least + 1, (how.batch, 1))
   at_L = np.arange(how.tokens)
   drawn_BxL = rng.integers(0, how.vocab_size, shape, np.int32)
-  return np.take_along_axis(drawn_BxL, at_L % block_Bx1, 1), at_L >= block_Bx1
+  return np.take_along_axis(drawn_BxL, at_L % block_Bx1, 1), at_L > block_Bx1
 
 
 def train(how: Training) -> Iterator[dict[str, Any]]:
   """Trains, and yields now and then where it stands.
 
-  Yields: `step`; `new_loss` and `repeated_loss`, in nats, means over tokens that are drawn and that
-    repeat, since the last look; `prefix_matching` and `copying`, `[N][H]`.
+  Yields: `step`; `new_loss` and `repeated_loss`, in nats, means since the last look over tokens
+    that cannot be told from what stood before, and that can; `prefix_matching` and `copying`,
+    `[N][H]`.
   """
-  cfg = how.model()
-  model, closed = LanguageModel(cfg), Gates({'decoder/ffn': (False,) * how.layers})
-  init = lambda: model.init(jax.random.key(how.seed), jnp.zeros((1, 2), jnp.int32), gates=closed)
-  params = nn.unbox(jax.jit(init)())['params']
-  schedule = optax.linear_schedule(0, how.learning_rate, how.steps // 10)
-  optimizer = optax.adam(schedule, b2=0.98)
-  state = optimizer.init(params)
+  cfg, closed = how.model(), Gates({'decoder/ffn': (False,) * how.layers})
   # Blocks of differing length, twice, as in training.
   looked = Induction(
     sequences=4, shortest=how.tokens // 4, step=how.tokens // 16, copies=2, dropped=0.0,
     multiple=how.tokens,
   )  # fmt: skip
   scorer = HeadScorer(cfg, looked)
+  init, step = _programs(LanguageModel(cfg), closed, how)
+  params, state = init(jax.random.key(how.seed))
+  rng, recent = np.random.default_rng(how.seed), []
+  for i in range(1, how.steps + 1):
+    params, state, losses = step(params, state, *texts(how, rng))
+    recent.append(losses)
+    if i == 1 or i % how.log_every == 0:
+      scores = list(scorer.scores(params, closed))
+      row = {m: np.mean([s[m] for s in scores], 0).round(4).tolist() for m in MEASURES}
+      new, repeated = np.mean(recent, 0).round(4).tolist()
+      yield {'step': i, 'new_loss': new, 'repeated_loss': repeated} | row
+      recent = []
+
+
+def _programs(model: LanguageModel, closed: Gates, how: Training) -> tuple[Callable, Callable]:
+  """`init(key)`: parameters and state of the optimizer; `step(both, *texts)`: both, and losses."""
+  schedule = optax.linear_schedule(0, how.learning_rate, how.steps // 10)
+  optimizer = optax.adam(schedule, b2=0.98)
+
+  @jax.jit
+  def init(key):
+    params = nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32), gates=closed))['params']
+    return params, optimizer.init(params)
 
   def losses(params, tokens_BxL, repeated_BxL):
     logits_BxLxV = model.apply({'params': params}, tokens_BxL[:, :-1], gates=closed)
@@ -104,21 +122,12 @@ def train(how: Training) -> Iterator[dict[str, Any]]:
     return each_BxL.mean(), jnp.stack(parts)
 
   @jax.jit
-  def step(params, state, tokens_BxL, repeated_BxL):
-    (_, parts), slope = jax.value_and_grad(losses, has_aux=True)(params, tokens_BxL, repeated_BxL)
+  def step(params, state, *texts):
+    (_, parts), slope = jax.value_and_grad(losses, has_aux=True)(params, *texts)
     change, state = optimizer.update(slope, state)
     return optax.apply_updates(params, change), state, parts
 
-  rng, recent = np.random.default_rng(how.seed), []
-  for i in range(1, how.steps + 1):
-    params, state, parts = step(params, state, *texts(how, rng))
-    recent.append(parts)
-    if i == 1 or i % how.log_every == 0:
-      scores = list(scorer.scores(params, closed))
-      new, repeated = np.mean(recent, 0).round(4).tolist()
-      row = {m: np.mean([s[m] for s in scores], 0).round(4).tolist() for m in MEASURES}
-      yield {'step': i, 'new_loss': new, 'repeated_loss': repeated} | row
-      recent = []
+  return init, step
 
 
 @plots._styled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def read_importance(path: Path, cfg: LmConfig) -> np.ndarray:
       if key not in scores.files:
         raise DataError(f'{path} holds no scores of heads: prune with a scorer of heads')
       found = scores[key]
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:  # TypeError: one array alone
     raise DataError(f'{path} is no scores.npz of gatedfm.prune: {e}') from None
   if found.shape != (cfg.layers, cfg.heads):
     raise DataError(

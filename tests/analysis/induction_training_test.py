@@ -16,7 +16,7 @@ SMALL = Training(
 def test_texts_repeat_their_blocks():
   tokens, repeated = induction_training.texts(SMALL, np.random.default_rng(0))
   assert tokens.shape == repeated.shape == (64, 32)
-  blocks = np.argmax(repeated, 1)
+  blocks = np.argmax(repeated, 1) - 1
   assert set(blocks) == set(range(8, 17))
   for row, block in zip(tokens, blocks):
     np.testing.assert_array_equal(row[block:], row[:-block])
@@ -43,7 +43,7 @@ def test_loss_falls_where_texts_repeat_alone(curve):
   first, last = curve
   chance = np.log(32)
   assert first['repeated_loss'] == pytest.approx(chance, abs=0.1)
-  assert last['repeated_loss'] < 0.6 * chance
+  assert last['repeated_loss'] < 0.5 * chance
   assert last['new_loss'] > chance
 
 
