@@ -99,7 +99,7 @@ def train(how: Training) -> Iterator[dict[str, Any]]:
     if i == 1 or i % how.log_every == 0:
       scores = list(scorer.scores(params, closed))
       row = {m: np.mean([s[m] for s in scores], 0).round(4).tolist() for m in MEASURES}
-      new, repeated = np.mean(recent, 0).round(4).tolist()
+      new, repeated = np.mean(recent, 0, np.float64).round(4).tolist()
       yield {'step': i, 'new_loss': new, 'repeated_loss': repeated} | row
       recent = []
 
