@@ -102,23 +102,23 @@ class HeadScorer:
     decoder = params[STACK]
     embed = lambda m, tokens: m.decoder.embed(tokens, jnp.arange(len(text))[None])
     x_1xTxD = model.apply({'params': params}, text[None], method=embed)
-    names = (stack.PREFIX + str(i) for i in range(self.cfg.layers))
-    own, reader, rows = decoder['layers'], _reader(decoder, text), []
-    for name, layer_gates in zip(names, gates):
+    reader, rows = _reader(decoder, text), []
+    own = [decoder['layers'][f'{stack.PREFIX}{i}'] for i in range(self.cfg.layers)]
+    for layer, layer_gates in zip(own, gates):
       fixed = tuple((m, g) for m, g in layer_gates.items() if isinstance(g, bool))
       changing = {m: g for m, g in layer_gates.items() if not isinstance(g, bool)}
       x_1xTxD, found = self._programs[measure](
-        own[name], x_1xTxD, changing, reader, length, fixed=fixed
+        layer, x_1xTxD, changing, reader, length, fixed=fixed
       )
       rows.append(found)
-    kept = [_kept(own[stack.PREFIX + str(i)], self.cfg.heads) for i in range(self.cfg.layers)]
-    return np.stack([self._whole(*row) for row in zip(rows, kept, gates)])
+    return np.stack([self._whole(*row) for row in zip(rows, own, gates)])
 
-  def _whole(self, found: jax.Array | None, kept: np.ndarray, gates: dict) -> np.ndarray:
+  def _whole(self, found: jax.Array | None, layer: dict, gates: dict) -> np.ndarray:
     """Scores of all H heads of a layer from those of heads that are left."""
     out = np.zeros(self.cfg.heads)
     if found is not None:
-      out[kept] = found
+      kernel = layer['attention']['attention']['query']['kernel']
+      out[list(kernel.kept) if isinstance(kernel, layers.Compacted) else slice(None)] = found
     is_open = np.asarray(gates.get('attention_heads', 1)) * np.asarray(gates.get('attention', 1))
     return np.where(is_open > 0, out, 0)
 
@@ -195,11 +195,3 @@ def _reader(decoder: dict[str, Any], text: np.ndarray) -> dict[str, Any]:
   if 'output' in out:
     out['output'] = {'kernel': decoder['output']['kernel'][:, text]}
   return out | {'embedding': decoder['embedding'][text]}
-
-
-def _kept(layer: dict[str, Any], heads: int) -> np.ndarray:
-  """Which heads compaction has left."""
-  if 'attention' not in layer:
-    return np.arange(0)
-  kernel = layer['attention']['attention']['query']['kernel']
-  return np.array(kernel.kept, int) if isinstance(kernel, layers.Compacted) else np.arange(heads)
