@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,3 +60,17 @@ class LmTokenizer:
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of tokens, without control tokens."""
     return self._tokenizer.decode(list(tokens))
+
+  def merge_order(self) -> list[int]:
+    """Ordinary tokens: those that no merge makes by number, then as BPE merges them.
+
+    Added tokens, such as those of control, are left out. Of a vocabulary that is no BPE all are
+    ordered by number.
+    """
+    about = json.loads(self._tokenizer.to_str())
+    merged = [m if isinstance(m, str) else ' '.join(m) for m in about['model'].get('merges', ())]
+    rank = {text.replace(' ', ''): i for i, text in reversed(list(enumerate(merged)))}
+    added = {token['id'] for token in about['added_tokens']}
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=False).items()
+    ordered = sorted((rank.get(text, -1), i) for text, i in vocabulary if i not in added)
+    return [i for _, i in ordered]

@@ -32,8 +32,8 @@ def track(
       shown = now
       rate = done / (now - start)
       line = (
-        f'{what}: {done}/{total} {unit} {100 * done // total}% | {rate:.0f}/s'
-        f' | ETA {(total - done) / rate:.0f} s'
+        f'{what}: {done}/{total} {unit} {100 * done // total}%'
+        f' | {rate:.{0 if rate >= 10 else 1}f}/s | ETA {(total - done) / rate:.0f} s'
       )
       stream.write(f'\r{line}\x1b[K' if tty else f'{line}\n')
       stream.flush()

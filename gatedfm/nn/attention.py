@@ -144,7 +144,7 @@ class Attention(nn.Module):
     q_BxTxHxK = q_BxTxHxK * self.head_width**-0.5
     if sources := self._sources():
       kv = jax.tree.map(lambda a: a[:, np.array(sources)], kv)
-    weight_BxHxTxS, grouped = self._weights(q_BxTxHxK, kv.key, mask, deterministic)
+    weight_BxHxTxS, grouped = self.weights(q_BxTxHxK, kv.key, mask, deterministic)
     product = 'bgrts,bgsk->btgrk' if grouped else 'bhts,bhsk->bthk'
     y_BxTxHxK = jnp.einsum(
       product, weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
@@ -155,10 +155,13 @@ class Attention(nn.Module):
     y_BxTxF = y_BxTxHxK.reshape(*x_BxTxD.shape[:-1], y_BxTxHxK.shape[2] * y_BxTxHxK.shape[3])
     return self.out(y_BxTxF.astype(x_BxTxD.dtype))
 
-  def _weights(
+  def weights(
     self, q_BxTxHxK: jax.Array, key: jax.Array, mask: jax.Array | None, deterministic: bool
   ) -> tuple[jax.Array, bool]:
-    """Attention weights `[B, H, T, S]`, or `[B, G, R, T, S]` and True."""
+    """Attention weights `[B, H, T, S]` and False, or `[B, G, R, T, S]` and True.
+
+    A method of its own, so that `nn.intercept_methods` can see them.
+    """
     b, t, h, k = q_BxTxHxK.shape
     groups = key.shape[1]
     if grouped := h != groups:

@@ -217,5 +217,5 @@ def test_progress_reports_rate_and_eta(monkeypatch):
   stream = io.StringIO()
   assert list(progress.track('abcdef', 6, 'reading', 'letters', stream)) == list('abcdef')
   lines = stream.getvalue().splitlines()
-  assert lines[0] == 'reading: 2/6 letters 33% | 0/s | ETA 12 s'
+  assert lines[0] == 'reading: 2/6 letters 33% | 0.3/s | ETA 12 s'
   assert lines[-1].startswith('reading: 6 letters in ')
