@@ -42,6 +42,7 @@ _FLOOR = flags.DEFINE_integer('floor', 0, 'Units that stay in each layer.')
 _GROUPS = flags.DEFINE_bool('groups', False, 'Close query heads that share keys together.')
 _TOKENS = flags.DEFINE_integer('tokens', 512, 'Of prompts at most, and of the text that is timed.')
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Of the timing; 0 leaves it out.')
+_REPAIR = flags.DEFINE_bool('repair', False, 'Fit what is left to the dense model (least squares).')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of examples, shots and random scores.')
 flags.mark_flags_as_required(['checkpoint', 'workdir', 'budget'])
 
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
       _ROUNDS.value,
       _SEED.value,
       _STEPS.value,
+      _REPAIR.value,
     )
     folders = mains.folder(_CHECKPOINT.value), mains.folder(_WORKDIR.value)
     pruning_runs.run(*folders, how, lambda line: print(line, flush=True))

@@ -7,6 +7,7 @@ batch, L tokens, P targets, C choices, Q questions, S tokens of a prefix.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -108,6 +109,12 @@ class Evaluator:
     )
     sites = (*cfg.all_sites(), *cfg.unit_sites())
     self._open = {s.name: np.ones((s.layers, s.units) if s.units > 1 else s.layers) for s in sites}
+
+  def having(self, params: Any) -> Evaluator:
+    """The same of other parameters of the same shapes, unrolled: nothing is compiled anew."""
+    other = copy.copy(self)
+    other._params = params
+    return other
 
   def _gates(self, gates: Gates | None) -> Gates:
     """Of all sites, so that any choice of them runs in the same program."""

@@ -28,7 +28,7 @@ from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.gates import Gates
 from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError
-from gatedfm.pruning import allocation, calibration, scorers
+from gatedfm.pruning import allocation, calibration, score_files, scorers
 from gatedfm.pruning.scorers import Calibrated, Scores
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers import log
@@ -46,11 +46,13 @@ class PrunedConfig:
   Attributes:
     scorer, budget: as of `gatedfm.prune`.
     steps: of rising budgets, each scored anew on what the step before left; 1 scores once.
+    repair: whether what is left is fitted to the dense model, on `examples` of each task.
   """
 
   scorer: str = 'taylor'
   budget: str = ''
   steps: int = 1
+  repair: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -123,16 +125,19 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
   gates = functools.lru_cache(maxsize=None)(
     lambda name, seed: _gates(cfg, model, scores, name, seed)
   )
+  # Repaired parameters are kept, as large as the model for each such point.
+  repaired = functools.cache(functools.partial(_repaired, cfg, model, evaluator, gates))
   told = start = time.perf_counter()
   for i, (name, what, shots, seed) in enumerate(todo):
     closed = None if name == DENSE else gates(name, _seed_of(cfg, name, seed))
+    own = repaired(name) if name != DENSE and cfg.points[name].repair else evaluator
     row = {'point': name, 'what': what, 'shots': shots, 'seed': seed}
     if what == 'perplexity':
-      row['value'] = evaluator.perplexity(_text(cfg, model), gates=closed)
+      row['value'] = own.perplexity(_text(cfg, model), gates=closed)
     else:
       task = tasks[what]
       drawn = cfg.split, cfg.questions, shots, seed
-      answered = evaluator.ask(task, *drawn, closed, task.blank is not None, shared=True)
+      answered = own.ask(task, *drawn, closed, task.blank is not None, shared=True)
       row['plain'] = _bits(answered.correct)
       if answered.blank is not None:
         row['calibrated'] = _bits(answered.calibrated().correct)
@@ -241,8 +246,8 @@ class _Scores:
       if closed is not None:
         return found[scorer]
       flat = {f'{n}:{site}': v for n, scores in found.items() for site, v in scores.items()}
-      pruning_runs.save_scores(path, flat)
-    flat = pruning_runs.load_scores(path)
+      score_files.save(path, flat)
+    flat = score_files.load(path)
     return {k.split(':')[1]: v for k, v in flat.items() if k.startswith(f'{scorer}:')}
 
   def _score(self, name: str, stats: Any, seed: int = 0) -> Scores:
@@ -271,6 +276,15 @@ def _gates(
   return pruning_runs.in_steps(
     lambda closed: scores.aggregated(point.scorer, closed), budget, model.cfg, point.steps
   )
+
+
+def _repaired(
+  cfg: ImportanceConfig, model: LmCheckpoint, evaluator: Evaluator, gates: Any, name: str
+) -> Evaluator:
+  how = Pruning('taylor', '', cfg.tasks, cfg.examples, seed=cfg.seeds[0])
+  closed = gates(name, _seed_of(cfg, name, cfg.seeds[0]))
+  tell = lambda line: say(f'{name}: {line}')
+  return evaluator.having(pruning_runs.fitted(model, closed, how, tell))
 
 
 def summarize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from gatedfm.data import progress
 from gatedfm.data.types import DataError
 from gatedfm.execution import lm_workdir
 from gatedfm.models.lm_config import LmConfig
+from gatedfm.pruning import score_files
 from gatedfm.pruning.calibration import HEADS
 
 RESULT = 'induction.json'
@@ -93,14 +93,9 @@ def read_importance(path: Path, cfg: LmConfig) -> np.ndarray:
   Raises:
     DataError: no such file, or none of heads, or of another model.
   """
-  key = HEADS.replace('/', '.')
-  try:
-    with np.load(path) as scores:
-      if key not in scores.files:
-        raise DataError(f'{path} holds no scores of heads: prune with a scorer of heads')
-      found = scores[key]
-  except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:  # TypeError: one array alone
-    raise DataError(f'{path} is no scores.npz of gatedfm.prune: {e}') from None
+  found = score_files.load(path).get(HEADS)
+  if found is None:
+    raise DataError(f'{path} holds no scores of heads: prune with a scorer of heads')
   if found.shape != (cfg.layers, cfg.heads):
     raise DataError(
       f'{path} scores {found.shape} heads; this model has {(cfg.layers, cfg.heads)}: give scores '

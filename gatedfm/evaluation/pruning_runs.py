@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from gatedfm.gates import Gates
 from gatedfm.models import lm_costs
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
-from gatedfm.pruning import allocation, calibration, scorers
+from gatedfm.pruning import allocation, calibration, repair, score_files, scorers
 from gatedfm.pruning.allocation import Allocation
 from gatedfm.pruning.calibration import HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
@@ -51,6 +50,7 @@ class Pruning:
     seed: of examples, shots and random scores.
     steps: of rising budgets, each scored anew on what the step before left; 1 is the published
       protocol, which scores once.
+    repair: whether what is left is fitted to the dense model (`repair.least_squares`).
   """
 
   scorer: str
@@ -64,6 +64,7 @@ class Pruning:
   rounds: int = 7
   seed: int = 0
   steps: int = 1
+  repair: bool = False
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, for what cannot be done."""
@@ -72,10 +73,10 @@ class Pruning:
     if 'latency' in budget and (self.steps > 1 or not self.rounds):
       raise ConfigError('a budget in latency is measured, and in one step: rounds, and steps=1')
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
-    if needs and not self.calibration:
+    if (needs or self.repair) and not self.calibration:
+      reader = f'scorer {self.scorer}' if needs else 'repair'
       raise ConfigError(
-        f'scorer {self.scorer} reads texts: give tasks ({", ".join(questions.TASKS)}) or files to '
-        '--calibration'
+        f'{reader} reads texts: give tasks ({", ".join(questions.TASKS)}) or files to --calibration'
       )
     for name, least in _LEAST.items():
       if getattr(self, name) < least:
@@ -99,16 +100,15 @@ def run(
   if dense.cut is not None:
     raise ConfigError(f'{checkpoint} was pruned before: start from the model that it was cut from')
   origin = provenance.collect('gatedfm.prune')
-  start, first = time.perf_counter(), score(dense, how, say)
-  rescored = lambda closed: first if closed is None else score(dense, how, say, closed)
+  start = time.perf_counter()
+  scores = score(dense, how, say)
   seconds = time.perf_counter() - start
-  budget = allocation.parse_budget(how.budget)
-  if 'latency' in budget:
-    gates = within_latency(dense, first, budget['latency'], how, say)
-  else:
-    gates = in_steps(rescored, budget, dense.cfg, how.steps, how.allocation)
+  gates = close(dense, scores, how, say)
+  repaired = dense
+  if how.repair:
+    repaired = dataclasses.replace(dense, params=fitted(dense, gates, how, say))
   history = {'parent': str(checkpoint), 'pruning': dataclasses.asdict(how), **origin}
-  small = lm_workdir.compacted(dense, gates, history | {'of': dense.origin})
+  small = lm_workdir.compacted(repaired, gates, history | {'of': dense.origin})
   report = history | {'scoring_seconds': seconds, 'closed': _closed(gates.values)}
   models = {'dense': dense, 'pruned': small}
   times = lm_timing.side_by_side(models, how.tokens, how.rounds) if how.rounds else {}
@@ -116,34 +116,30 @@ def run(
     costs = lm_costs.count(model.cfg, model.params, how.tokens)
     report[name] = costs | times.get(name, {})
   lm_workdir.save(workdir, small)
-  save_scores(workdir / SCORES, first)
+  score_files.save(workdir / SCORES, scores)
   report = json.loads(json.dumps(report))
   atomic.write_text(workdir / REPORT, json.dumps(report, indent=1) + '\n')
-  if HEADS in first:
-    plots.save(plots.importance(first[HEADS], gates.values.get(HEADS)), workdir / 'heads.png')
+  if HEADS in scores:
+    plots.save(plots.importance(scores[HEADS], gates.values.get(HEADS)), workdir / 'heads.png')
   for line in describe(report):
     say(line)
   return report
 
 
-def save_scores(path: Path, scores: Mapping[str, np.ndarray]) -> None:
-  """Writes an .npz; names of sites have a point for their slash."""
-  buffer = io.BytesIO()
-  np.savez(buffer, **{name.replace('/', '.'): score for name, score in scores.items()})
-  atomic.write_bytes(path, buffer.getvalue())
+def close(dense: LmCheckpoint, scores: Scores, how: Pruning, say: Callable[[str], None]) -> Gates:
+  """The gates that keep the budget, `scores` being those of the dense model."""
+  budget = allocation.parse_budget(how.budget)
 
+  def ready(scores: Scores) -> Scores:
+    # Of one unit where sites are weighed against each other.
+    if scorers.get(how.scorer).comparable or not set(budget) & set(allocation.COSTS):
+      return scores
+    return {name: score / np.mean(score) for name, score in scores.items()}
 
-def load_scores(path: Path) -> Scores:
-  """What `save_scores` wrote.
-
-  Raises:
-    DataError: no such file, or another.
-  """
-  try:
-    with np.load(path) as file:
-      return {name.replace('.', '/'): file[name] for name in file.files}
-  except (OSError, ValueError) as e:
-    raise DataError(f'{path} holds no scores: {e}; gatedfm.prune writes them') from None
+  if 'latency' in budget:
+    return within_latency(dense, ready(scores), budget['latency'], how, say)
+  of = lambda closed: ready(scores if closed is None else score(dense, how, say, closed))
+  return in_steps(of, budget, dense.cfg, how.steps, how.allocation)
 
 
 def score(
@@ -165,6 +161,16 @@ def score(
       of(calibration.collect(dense.cfg, dense.params, batches, scorer.needs, tell, closed))
     )
   return scorers.aggregate(each, how.aggregation)
+
+
+def fitted(
+  dense: LmCheckpoint, gates: Gates, how: Pruning, say: Callable[[str], None]
+) -> dict[str, Any]:
+  """Parameters repaired on all calibration texts together."""
+  pairs = [pair for name in how.calibration for pair in texts(name, dense, how)]
+  most = min(how.tokens, dense.cfg.max_tokens)
+  batches = lm_batches.batches(pairs, _ROOM, most, _pad(dense.cfg))
+  return repair.least_squares(dense.cfg, dense.params, gates, batches, say=say)
 
 
 def in_steps(

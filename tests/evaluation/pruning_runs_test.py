@@ -2,52 +2,23 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-import tiny_speech
+import tiny_lm
 from flax import traverse_util
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
 from gatedfm.evaluation import lm_timing, pruning_runs
 from gatedfm.evaluation.pruning_runs import Pruning
 from gatedfm.execution import lm_workdir
-from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.gates import Gates
 from gatedfm.models import lm, lm_costs
-from gatedfm.models.lm_config import llama
 from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning import allocation
 from gatedfm.pruning.allocation import Allocation
+from gatedfm.pruning.calibration import HEADS
 from gatedfm.trainers.workdirs import WorkdirError
-
-CFG = llama(
-  vocab_size=23, d=12, layers=2, heads=4, kv_heads=2, head_width=4, ffn=10, bos=22, max_tokens=64
-)
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-  flat = tiny_speech.random_tree(lm.abstract_params(CFG), seed=3, scale=0.5)
-  words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(22)}, unk_token='w0'))
-  words.pre_tokenizer = pre_tokenizers.Whitespace()
-  params = traverse_util.unflatten_dict(flat, sep='/')
-  folder = tmp_path_factory.mktemp('lm') / 'dense'
-  lm_workdir.save(folder, LmCheckpoint(CFG, params, LmTokenizer(words), {'format': 'test'}))
-  return folder
-
-
-@pytest.fixture(scope='module')
-def own(tmp_path_factory):
-  """Texts and questions of one's own."""
-  folder = tmp_path_factory.mktemp('texts')
-  (folder / 'a.txt').write_text(' '.join(f'w{i % 21}' for i in range(80)))
-  rows = [
-    {'context': f'w{i} w{i + 1}', 'choices': ['w1', 'w2 w3'], 'answer': i % 2, 'split': 'train'}
-    for i in range(6)
-  ]
-  (folder / 'b.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  return str(folder / 'a.txt'), str(folder / 'b.jsonl')
 
 
 def how(own, **changes):
@@ -92,6 +63,54 @@ def test_without_texts_and_timing(checkpoint, tmp_path):
   assert (kept.sum(1) == 5).all()
 
 
+def test_in_steps_what_is_left_is_scored_anew(checkpoint, own):
+  dense = lm_workdir.load(checkpoint)
+  once, seen = pruning_runs.score(dense, how(own), print), []
+
+  def score(closed):
+    seen.append(closed)
+    return once if closed is None else pruning_runs.score(dense, how(own), print, closed)
+
+  gates = pruning_runs.in_steps(score, {HEADS: 0.75}, tiny_lm.WORDS, 3)
+  assert [s if s is None else int((s[HEADS] == 0).sum()) for s in seen] == [None, 2, 4]
+  assert (gates[HEADS] == 0).sum() == 6
+  assert (gates[HEADS] <= seen[2][HEADS]).all()
+  half = allocation.allocate(score(seen[2]), {HEADS: 0.75}, tiny_lm.WORDS, closed=seen[2])
+  np.testing.assert_array_equal(gates[HEADS], half[HEADS])
+
+
+def test_repair_leaves_shapes_and_changes_what_is_written(checkpoint, own, tmp_path):
+  plain, fitted = how(own, rounds=0), how(own, rounds=0, repair=True)
+  pruning_runs.run(checkpoint, tmp_path / 'plain', plain)
+  pruning_runs.run(checkpoint, tmp_path / 'fitted', fitted)
+  a, b = (lm_workdir.load(tmp_path / name) for name in ('plain', 'fitted'))
+  assert jax.tree.map(np.shape, a.params) == jax.tree.map(np.shape, b.params)
+  kernel = lambda m: m.params['decoder']['layers']['layers_1']['attention']['attention']['out']
+  assert not np.allclose(kernel(a)['kernel'].value, kernel(b)['kernel'].value)
+
+
+@pytest.mark.parametrize('possible', [True, False])
+def test_a_budget_in_latency_is_measured(checkpoint, own, monkeypatch, possible):
+  """A machine on which time is MACs, or does not change at all."""
+  dense, asked = lm_workdir.load(checkpoint), how(own, budget='latency:0.3')
+
+  def times(models, tokens, rounds, writes):
+    macs = [lm_costs.count(m.cfg, m.params, 512)['macs'] for m in models.values()]
+    return {'pruned': {'prefill_ratio': {'median': macs[1] / macs[0] if possible else 1.0}}}
+
+  monkeypatch.setattr(lm_timing, 'side_by_side', times)
+  scores, lines = pruning_runs.score(dense, asked, print), []
+  if not possible:
+    with pytest.raises(ConfigError, match='cannot be had by closing heads, ffn'):
+      pruning_runs.close(dense, scores, asked, lines.append)
+    return
+  gates = pruning_runs.close(dense, scores, asked, lines.append)
+  small = lm_workdir.compacted(dense, gates, {})
+  left = [lm_costs.count(m.cfg, m.params, 512)['macs'] for m in (small, dense)]
+  assert 0.5 < left[0] / left[1] <= 0.7
+  assert len(lines) > 1
+
+
 @pytest.mark.parametrize(
   ('changes', 'error', 'message'),
   [
@@ -101,6 +120,9 @@ def test_without_texts_and_timing(checkpoint, tmp_path):
     ({'calibration': ('none.txt',)}, DataError, 'none.txt cannot be read'),
     ({'calibration': ('sst9',)}, DataError, "no task 'sst9'"),
     ({'examples': 0}, ConfigError, 'examples is 0'),
+    ({'steps': 0}, ConfigError, 'steps is 0'),
+    ({'budget': 'latency:0.2', 'rounds': 0}, ConfigError, 'is measured'),
+    ({'scorer': 'random', 'calibration': (), 'repair': True}, ConfigError, 'repair reads texts'),
     ({'scorer': 'influence', 'budget': 'heads:0.5'}, ConfigError, 'no scores of decoder/att'),
   ],
 )
@@ -111,10 +133,10 @@ def test_refusals_write_nothing(checkpoint, own, tmp_path, changes, error, messa
 
 
 def test_costs_are_counted():
-  shapes = traverse_util.unflatten_dict(lm.abstract_params(CFG), sep='/')
+  shapes = traverse_util.unflatten_dict(lm.abstract_params(tiny_lm.WORDS), sep='/')
   d, k, f, v, t = 12, 4, 10, 23, 16
   layer = d * k * (2 * 4 + 2 * 2) + 3 * d * f
-  costs = lm_costs.count(CFG, shapes, t)
+  costs = lm_costs.count(tiny_lm.WORDS, shapes, t)
   assert costs['parameters'] == 2 * (layer + 2 * d) + d + v * d  # tied embeddings
   assert costs['bytes'] == 4 * costs['parameters']
   assert costs['layer_macs'] == 2 * (layer * t + 2 * 4 * k * t * (t + 1) // 2)

@@ -1,0 +1,114 @@
+"""A sweep over pruned models: what it asks, keeps, resumes and sums up."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from gatedfm import json_lines, metrics
+from gatedfm.data import questions
+from gatedfm.evaluation import importance_sweep
+from gatedfm.evaluation.few_shot import Evaluator
+from gatedfm.evaluation.importance_sweep import ImportanceConfig, PrunedConfig
+from gatedfm.execution import lm_workdir
+from gatedfm.gates import Gates
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning import score_files
+from gatedfm.trainers.workdirs import WorkdirError
+
+POINTS = {
+  'heads50': PrunedConfig('taylor', 'heads:0.5'),
+  'random': PrunedConfig('random', 'heads:0.5'),
+  'ffn50': PrunedConfig('oracle', 'ffn:0.5'),
+  'steps': PrunedConfig('taylor', 'heads:0.5', 2),
+  'fitted': PrunedConfig('taylor', 'heads:0.5', repair=True),
+}
+
+
+@pytest.fixture(scope='module')
+def cfg(checkpoint, own):
+  return ImportanceConfig(
+    checkpoint=str(checkpoint), tasks=(own[1],), shots=(0, 2), seeds=(0, 1), questions=5,
+    examples=4, removals=4, text=own[1], text_tokens=12, room=64, points=POINTS,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def result(cfg, tmp_path_factory, fast_compilation):
+  workdir = tmp_path_factory.mktemp('sweep') / 'run'
+  return workdir, importance_sweep.run(cfg, workdir)
+
+
+def test_every_point_is_asked_once(cfg, result):
+  workdir, _ = result
+  rows = json_lines.read(workdir / 'answers.jsonl')
+  assert len(rows) == 6 * (1 + 2 * 2)
+  assert len({importance_sweep._key(row) for row in rows}) == len(rows)
+  assert all(len(row['plain']) == 5 for row in rows if row['what'] != 'perplexity')
+
+
+def test_answers_are_those_of_the_masked_model(cfg, result, checkpoint, own):
+  workdir, _ = result
+  model = lm_workdir.load(checkpoint)
+  scores = score_files.load(workdir / 'scores' / 'b_2_gradients.npz')
+  zero = score_files.load(workdir / 'scores' / 'b_0_gradients.npz')
+  mean = (scores['taylor:decoder/attention_heads'] + zero['taylor:decoder/attention_heads']) / 2
+  gates = np.ones(8, np.float32)
+  gates[np.argsort(mean, axis=None)[:4]] = 0
+  evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=64)
+  task = questions.load(own[1])
+  gates = Gates({'decoder/attention_heads': gates.reshape(2, 4)})
+  want = evaluator.ask(task, 'test', 5, 2, 1, gates, shared=True).correct
+  rows = {importance_sweep._key(row): row for row in json_lines.read(workdir / 'answers.jsonl')}
+  assert rows['heads50', own[1], 2, 1]['plain'] == ''.join('01'[int(c)] for c in want)
+
+
+def test_the_summary(cfg, result, own):
+  workdir, summary = result
+  assert json.loads((workdir / 'summary.json').read_text()) == json.loads(json.dumps(summary))
+  dense, point = summary['points']['dense'], summary['points']['heads50']
+  assert point['closed'] == {'decoder/attention_heads': 4}
+  assert 0.5 < point['kept']['layer_macs'] < 1
+  assert point['perplexity'] != dense['perplexity']
+  assert summary['points']['fitted']['perplexity'] != point['perplexity']
+  rows = json_lines.read(workdir / 'answers.jsonl')
+  bits = {n: ''.join(r['plain'] for r in rows if r['point'] == n and r['shots'] == 2)
+          for n in ('dense', 'heads50')}  # fmt: skip
+  counts = {n: metrics.accuracy([b == '1' for b in v], ['t'] * len(v)) for n, v in bits.items()}
+  assert point['plain_2']['accuracy'][own[1]] == counts['heads50'].pooled()
+  paired = metrics.difference_interval(counts['heads50'], counts['dense'])
+  assert point['plain_2']['difference'] == pytest.approx(paired.value)
+  assert 'calibrated_2' not in point  # own questions have none without content
+
+
+def test_it_resumes_where_it_was_killed(cfg, result, tmp_path, monkeypatch):
+  whole = (result[0] / 'answers.jsonl').read_text()
+  importance_sweep._claim(cfg, tmp_path)
+  lines = whole.splitlines()
+  (tmp_path / 'answers.jsonl').write_text('\n'.join(lines[:9]) + '\n' + lines[9][:11])
+  (tmp_path / 'scores').symlink_to(result[0] / 'scores')
+  asked = []
+  ask = Evaluator.ask
+  monkeypatch.setattr(Evaluator, 'ask', lambda *a, **k: asked.append(a) or ask(*a, **k))
+  few = dataclasses.replace(cfg, points={'heads50': POINTS['heads50'], 'random': POINTS['random']})
+  importance_sweep.run(few, tmp_path)
+  wanted = 3 * 4  # of which some are there
+  had = [json.loads(line) for line in lines[:9]]
+  had = [r for r in had if r['what'] != 'perplexity' and r['point'] in ('dense', *few.points)]
+  assert len(asked) == wanted - len(had)
+
+
+def test_refusals(cfg, result, tmp_path):
+  with pytest.raises(WorkdirError, match='another sweep'):
+    importance_sweep.run(dataclasses.replace(cfg, questions=4), result[0])
+  for changes, message in (
+    ({'points': {}}, 'needs points'),
+    ({'points': {'dense': PrunedConfig('taylor', 'ffn:0.1')}}, 'name yours otherwise'),
+    ({'points': {'a': PrunedConfig('best', 'ffn:0.1')}}, r'points.a: scorer'),
+    ({'points': {'a': PrunedConfig('taylor', 'ffn:2')}}, r'points.a: budget'),
+    ({'questions': 0}, 'questions is 0'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      importance_sweep.run(dataclasses.replace(cfg, **changes), tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
