@@ -20,9 +20,10 @@ from gatedfm.convert.tensor_files import Tensors
 from gatedfm.data import sources, wheels
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
-from gatedfm.execution import lm_workdir
+from gatedfm.execution import lm_workdir, plain
 from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models.lm_config import LmConfig
+from gatedfm.models.speech_config import ConfigError
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them
@@ -60,11 +61,7 @@ def bring(
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}
   out = LmCheckpoint(cfg, params, tokenizer, origin)
   lm_workdir.save(workdir, out)
-  size = sum(x.size for x in jax.tree.leaves(params))
-  say(
-    f'{workdir}: {size / 1e6:.1f} million parameters in {dtype}, {cfg.layers} layers, '
-    f'{cfg.heads} heads ({cfg.groups} of keys and values), in {time.perf_counter() - start:.0f} s'
-  )
+  say(f'{workdir}: {_sizes(out)}, in {time.perf_counter() - start:.0f} s')
   if tokenizer is None:
     say(
       'no tokenizer beside it: texts cannot be read; put its tokenizer.json there and import again'
@@ -105,10 +102,11 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
 
   Raises:
     CheckpointError: no language model there.
+    ConfigError: a pruned one that their layout cannot hold, and what to prune it by.
     WorkdirError: a folder that holds something.
   """
-  lm_workdir.refuse_used(folder)
-  model = lm_workdir.load(workdir)
+  model = _plain(workdir, folder)
+  about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
   folder.mkdir(parents=True, exist_ok=True)
   weights, total, part = {}, 0, {}
   parts: list[dict[str, np.ndarray]] = []
@@ -131,6 +129,32 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
     atomic.write_text(folder / tensor_files.NAMES[0], json.dumps(index, indent=1) + '\n')
   if model.tokenizer is not None:
     model.tokenizer.save(folder / 'tokenizer.json')
-  about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
   atomic.write_text(folder / 'config.json', json.dumps(about, indent=1) + '\n')
   say(f'{folder}: {total / 1e6:.0f} MB in {len(parts)} file(s)')
+
+
+def export_plain(workdir: Path, folder: Path, say: Callable[[str], None]) -> None:
+  """Writes a pruned model as a dense one of smaller sizes, in our format (`plain.plain`).
+
+  Raises: as `export`.
+  """
+  model = _plain(workdir, folder)
+  lm_workdir.save(folder, model)
+  say(f'{folder}: {_sizes(model)}')
+
+
+def _plain(workdir: Path, folder: Path) -> LmCheckpoint:
+  lm_workdir.refuse_used(folder)
+  model = lm_workdir.load(workdir)
+  try:
+    return plain.plain(model)
+  except ConfigError as e:
+    raise ConfigError(f'{workdir} cannot be exported: {e}') from None
+
+
+def _sizes(model: LmCheckpoint) -> str:
+  cfg, size = model.cfg, sum(x.size for x in jax.tree.leaves(model.params))
+  return (
+    f'{size / 1e6:.1f} million parameters in {jax.tree.leaves(model.params)[0].dtype}, '
+    f'{cfg.layers} layers, {cfg.heads} heads ({cfg.groups} of keys and values)'
+  )

@@ -58,6 +58,10 @@ class LmCheckpoint:
     """The gates to run it with."""
     return None if self.cut is None else self.pattern.fixed()
 
+  def kept(self) -> dict[str, Any]:
+    """What was not cut out, as plain data: by site '0110', or one such text per layer."""
+    return {name: _bits(gates) for name, gates in self.cut.values.items()}
+
 
 def compacted(model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any]) -> LmCheckpoint:
   """The model without what `gates` close: modules, heads, hidden channels.
@@ -120,7 +124,7 @@ def save(workdir: Path, model: LmCheckpoint) -> None:
     'origin': model.origin,
   }
   if model.cut is not None:
-    about['kept'] = {name: _bits(gates) for name, gates in model.cut.values.items()}
+    about['kept'] = model.kept()
   atomic.write_text(workdir / checkpoints.CONFIG, json.dumps(about, indent=1) + '\n')
 
 

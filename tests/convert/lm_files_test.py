@@ -16,6 +16,7 @@ from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.gates import Gates
 from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig, llama
 from gatedfm.models.speech_config import ConfigError
@@ -103,6 +104,56 @@ def test_many_files(saved, tmp_path, monkeypatch):
   assert len(list((tmp_path / 'theirs').glob('model-*-of-*.safetensors'))) > 1
   back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
   same(back.params, model.params)
+
+
+def pruned(kind, **gates):
+  model = make(KINDS[kind])
+  gates = {f'decoder/{name}': np.asarray(g, np.float32) for name, g in gates.items()}
+  return lm_workdir.compacted(model, Gates(gates), {'format': 'pruned'})
+
+
+ALIKE = {
+  'opt': {'ffn_channels': np.arange(10) % 3, 'attention': [1, 0], 'ffn': [1, 0]},
+  'llama': {'attention_heads': [[0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]]},
+}
+
+
+@pytest.mark.parametrize('kind', ALIKE)
+def test_a_pruned_model_goes_out_where_layers_are_alike(kind, tmp_path, fast_compilation):
+  small = pruned(kind, **{k: np.asarray(g) > 0 for k, g in ALIKE[kind].items()})
+  lm_workdir.save(tmp_path / 'own', small)
+  lm_files.export(tmp_path / 'own', tmp_path / 'theirs', 'float32', silent)
+  back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
+  lines = []
+  lm_files.export_plain(tmp_path / 'own', tmp_path / 'plain', lines.append)
+  assert f'{back.cfg.layers} layers, {back.cfg.heads} heads' in lines[0]
+  plain = lm_workdir.load(tmp_path / 'plain')
+  assert plain.origin['format'] == 'pruned'
+  same(plain.params, back.params)
+
+  def logits(model):
+    net, params = lm.for_inference(model.cfg, model.params)
+    ids, fixed = np.arange(10)[None], model.fixed()
+    return tiny_speech.jit(lambda p: net.apply({'params': p}, ids, gates=fixed))(params)
+
+  np.testing.assert_allclose(logits(back), logits(small), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'gates', 'message'),
+  [
+    ('opt', {'attention_heads': [1, 0]}, "1 heads of 6 are left of a width of 12, and OPT's"),
+    ('llama', {'ffn_channels': [[1] * 10, [1, 0] * 5]}, '--shape=uniform'),
+    ('llama', {'attention_heads': [[1, 1, 1, 1, 1, 0]] * 2}, '--groups'),
+    ('narrow', {'attention_heads': [1] * 5 + [0]}, r'5 heads do not .* one of \[1, 2, 3, 4\]'),
+  ],
+)
+def test_what_their_layout_cannot_hold(kind, gates, message, tmp_path, monkeypatch):
+  monkeypatch.setitem(KINDS, 'narrow', llama(**SIZES, heads=6, head_width=4))
+  lm_workdir.save(tmp_path / 'own', pruned(kind, **gates))
+  with pytest.raises(ConfigError, match=message):
+    lm_files.export(tmp_path / 'own', tmp_path / 'theirs', 'float32', silent)
+  assert not (tmp_path / 'theirs').exists()
 
 
 def test_all_that_does_not_fit_is_named(saved, tmp_path):
