@@ -63,13 +63,16 @@ class LmCheckpoint:
     return {name: _bits(gates) for name, gates in self.cut.values.items()}
 
 
-def compacted(model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any]) -> LmCheckpoint:
+def compacted(
+  model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any], fold: bool = False
+) -> LmCheckpoint:
   """The model without what `gates` close: modules, heads, hidden channels.
 
   Args:
     model: of which nothing was cut before.
     gates: 0 or 1; sites that it does not name stay whole.
     origin: to be saved with it.
+    fold: closes modules that lose all their heads or channels too (`compact.fold`).
 
   Raises:
     ValueError: gates that do not fit, or a model that was cut before.
@@ -84,9 +87,10 @@ def compacted(model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any]) -> L
   for name, gates_N in cut.values.items():
     if ((gates_N != 0) & (gates_N != 1)).any():
       raise ValueError(f'gates of {name} lie between open and closed: nothing to cut there')
-  return dataclasses.replace(
-    model, params=_cut(model.params, model.cfg, cut), origin=origin, cut=cut
-  )
+  params = _cut(model.params, model.cfg, cut)
+  if fold:
+    params, cut = compact.fold(params, cut, model.cfg)
+  return dataclasses.replace(model, params=params, origin=origin, cut=cut)
 
 
 def _pattern(cfg: LmConfig, cut: Gates) -> Pattern:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from gatedfm.execution import compact
 from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.speech_config import ConfigError
@@ -33,6 +34,9 @@ def plain(model: LmCheckpoint) -> LmCheckpoint:
   """
   if model.cut is None:
     return model
+  # What is left without heads or channels is a constant, and no layer of its own.
+  params, cut = compact.fold(model.params, model.cut, model.cfg)
+  model = dataclasses.replace(model, params=params, cut=cut)
   cfg, pairs = model.cfg, _pairs(model)
   heads_NxH, channels_NxF = (model.cut[site.name] for site in cfg.unit_sites())
   attentions, ffns = (list(numbers) for numbers in zip(*pairs))
@@ -51,9 +55,11 @@ def plain(model: LmCheckpoint) -> LmCheckpoint:
   merged = {f'{PREFIX}{n}': of(i) | {'ffn': of(j)['ffn']} for n, (i, j) in enumerate(pairs)}
   params = model.params | {STACK: model.params[STACK] | {'layers': merged}}
   is_cut = lambda x: isinstance(x, Compacted)
+  smaller = dataclasses.replace(cfg, **sizes)
+  smaller.validate()
   return dataclasses.replace(
     model,
-    cfg=dataclasses.replace(cfg, **sizes),
+    cfg=smaller,
     params=jax.tree.map(lambda x: x.value if is_cut(x) else x, params, is_leaf=is_cut),
     origin={**model.origin, 'kept': model.kept()},
     cut=None,
@@ -93,8 +99,6 @@ def _alike(layers: Sequence[int], counts_N: np.ndarray, what: str) -> int:
         f'layer {layer} keeps {count} {what} and layer {layers[0]} {first}: a plain model has one '
         'number for all layers; prune with --shape=uniform'
       )
-  if not first:
-    raise ConfigError(f'layers keep no {what}: a plain model has one at least; close fewer')
   return first
 
 

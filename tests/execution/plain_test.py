@@ -29,11 +29,11 @@ ATTENTION, FFN = 'decoder/attention', 'decoder/ffn'
 TOKENS = np.random.default_rng(0).integers(0, 19, (2, 7)).astype(np.int32)
 
 
-def cut(kind, gates):
+def cut(kind, gates, fold=False):
   cfg = KINDS[kind]
   flat = tiny_speech.random_tree(lm.abstract_params(cfg), seed=2)
   dense = LmCheckpoint(cfg, traverse_util.unflatten_dict(flat, sep='/'), None, {'format': 'test'})
-  return lm_workdir.compacted(dense, Gates(gates), {'parent': 'a'})
+  return lm_workdir.compacted(dense, Gates(gates), {'parent': 'a'}, fold)
 
 
 def logits(model, params=None, scan=False):
@@ -61,18 +61,26 @@ def without(*layers):
     ('opt', 0, {}, {ATTENTION: without(1), FFN: without(1)}, (3, 3, 3, 7)),
     ('llama', 0.4, {'groups': True}, {}, (4, 4, 2, 7)),
     ('llama', 0.7, {'groups': True}, {ATTENTION: without(0), FFN: without(0)}, (3, 2, 1, 7)),
+    (
+      'opt',
+      0,
+      {},
+      {ATTENTION: without(2), CHANNELS: np.outer(without(2), np.ones(10))},
+      (3, 3, 3, 10),
+    ),
     # The attention of layer 1 with the feed-forward of layer 2.
     ('llama', 0, {}, {ATTENTION: without(2), FFN: without(1)}, (3, 6, 3, 7)),
   ],
 )
 def test_a_plain_model_is_the_compacted_one(kind, share, how, modules, sizes, fast_compilation):
-  small = cut(kind, uniform(KINDS[kind], share, **how) | modules)
+  gates = uniform(KINDS[kind], share, **how) | modules
+  small = cut(kind, gates)
   model = plain(small)
   cfg = model.cfg
   assert (cfg.layers, cfg.heads, cfg.groups, cfg.ffn) == sizes
   cfg.validate()
   assert model.cut is None
-  assert model.origin == {'parent': 'a', 'kept': small.kept()}
+  assert model.origin == {'parent': 'a', 'kept': cut(kind, gates, fold=True).kept()}
   shapes = traverse_util.flatten_dict(jax.tree.map(np.shape, model.params), sep='/')
   assert shapes == {k: x.shape for k, x in lm.abstract_params(cfg).items()}
   want = logits(small)
@@ -115,7 +123,7 @@ def ragged(site, layer, *units):
     ('opt', {ATTENTION: without(0)}, 'feed-forward of layer 0 has no attention before it'),
     ('opt', {ATTENTION: np.zeros(4), FFN: np.zeros(4)}, 'no module is left'),
     ('opt_350m', {ATTENTION: without(1), FFN: without(1)}, 'norms after each sum'),
-    ('opt_350m', {CHANNELS: np.zeros(10)}, 'layers keep no channels'),
+    ('opt_350m', {CHANNELS: np.zeros(10)}, 'norms after each sum'),
   ],
 )
 def test_what_is_not_alike_is_named(kind, gates, message):
