@@ -88,13 +88,15 @@ def test_and_back(pair):
     np.testing.assert_array_equal(back[name], value)
 
 
-def test_their_files(pair, tmp_path):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_their_files(pair, zipped, tmp_path):
   """Torch's files are read without torch, and ours by theirs."""
   theirs, cfg, params, state = pair
   views = {k: torch.tensor(v).to(torch.bfloat16) for k, v in state.items()}
   views |= {'turned': torch.arange(12.0).reshape(3, 4).T, 'part': torch.arange(9.0)[2:7]}
   views['kept'] = torch.nn.Parameter(torch.ones(2))
-  torch.save(views, tmp_path / 'pytorch_model.bin')
+  path = tmp_path / 'pytorch_model.bin'
+  torch.save(views, path, _use_new_zipfile_serialization=zipped)
   found = tensor_files.in_folder(tmp_path)
   assert set(found) == set(views)
   for name, tensor in views.items():
