@@ -24,6 +24,11 @@ _TO = flags.DEFINE_string('to', None, 'Folder to write; it must be empty or new.
 _DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
 )
+_MODEL_PARALLEL = flags.DEFINE_integer(
+  'model_parallel',
+  1,
+  "Devices that share a matrix's columns; above 1 the others share its rows: none holds all.",
+)
 flags.mark_flag_as_required('to')
 
 
@@ -46,7 +51,8 @@ def main(argv: list[str]) -> None:
     elif _EXPORT.value:
       lm_files.export(paths[0], to, _DTYPE.value, say)
     else:
-      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say)
+      mesh = mains.mesh(_MODEL_PARALLEL.value)
+      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say, mesh)
 
 
 if __name__ == '__main__':

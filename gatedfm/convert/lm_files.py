@@ -30,7 +30,12 @@ SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them
 
 
 def bring(
-  kind: str, path: Path, workdir: Path, dtype: str, say: Callable[[str], None]
+  kind: str,
+  path: Path,
+  workdir: Path,
+  dtype: str,
+  say: Callable[[str], None],
+  mesh: Any = None,
 ) -> LmCheckpoint:
   """Imports a model into a new workdir.
 
@@ -40,6 +45,7 @@ def bring(
     workdir: new or empty.
     dtype: `float32`, `bfloat16` or `float16`, that parameters are kept in.
     say: is told what is done.
+    mesh: devices to lay the parameters out on (`partitioning`); None takes the first device.
 
   Raises:
     DataError, ConfigError, WorkdirError: before anything is written.
@@ -57,7 +63,7 @@ def bring(
     tokenizer = LmTokenizer(file.tokenizer())
   cfg = hf.config(theirs)
   _check_tokenizer(tokenizer, cfg, path)
-  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype])
+  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype], mesh)
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}
   out = LmCheckpoint(cfg, params, tokenizer, origin)
   lm_workdir.save(workdir, out)
@@ -88,12 +94,15 @@ def _check_tokenizer(tokenizer: LmTokenizer | None, cfg: LmConfig, path: Path) -
 
 
 def _load(tensors: Tensors, cfg: LmConfig, dtype: Any, mesh: Any = None) -> dict[str, Any]:
-  """Unrolled parameters on their devices: the host holds one tensor at a time beside them."""
+  """Unrolled parameters on their devices: the host holds a part of one tensor beside them."""
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   laid_out = None if mesh is None else lm_workdir.shardings(cfg, mesh)
   flat = {}
   for path, tensor in hf.lazy_params(tensors, cfg).items():
-    host = np.ascontiguousarray(np.asarray(tensor.read()).astype(dtype, copy=False))
-    flat[path] = jax.device_put(host, None if laid_out is None else laid_out[path])
+    whole = np.asarray(tensor.read())
+    part = lambda at, a=whole: np.asarray(a[at], dtype, order='C')
+    sharding = where if laid_out is None else laid_out[path]
+    flat[path] = jax.make_array_from_callback(tensor.shape, sharding, part)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -28,6 +28,7 @@ from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.workdirs import WorkdirError
 
 TOKENIZER = 'tokenizer.json'
+HOST_BYTES = 2**27  # taken for writing a model, or as much as its largest array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,10 @@ def save(workdir: Path, model: LmCheckpoint) -> None:
   value = lambda x: x.value if isinstance(x, Compacted) else x
   flat = {k: value(x) for k, x in _flat(model.params).items()}
   # Of a layer without heads or channels empty arrays are left, which orbax does not take.
-  plain = _tree({k: x for k, x in flat.items() if x.size})
-  with checkpoints.Checkpoints(workdir) as manager:
-    manager.save(0, {'params': plain}, {'next_batch': 0, 'seconds': 0.0})
+  plain = {k: x for k, x in flat.items() if x.size}
+  largest = max(x.nbytes for x in plain.values())
+  with checkpoints.Checkpoints(workdir, host_bytes=max(largest, HOST_BYTES)) as manager:
+    manager.save(0, {'params': _tree(plain)}, {'next_batch': 0, 'seconds': 0.0})
   if model.tokenizer is not None:
     model.tokenizer.save(workdir / TOKENIZER)
   about = {

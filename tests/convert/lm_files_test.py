@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_speech
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gatedfm import partitioning
+from gatedfm import mains, partitioning
 from gatedfm.convert import hf, lm_files
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
@@ -41,7 +42,7 @@ def tokenizer(words=10):
 def make(cfg):
   shapes = lm.abstract_params(cfg)
   flat = tiny_speech.random_tree(shapes, seed=2)
-  params = lm_files.traverse_util.unflatten_dict(flat, sep='/')
+  params = traverse_util.unflatten_dict(flat, sep='/')
   return LmCheckpoint(cfg, params, tokenizer(), {'format': 'test'})
 
 
@@ -95,6 +96,23 @@ def test_laid_out_on_devices(saved):
   assert kernel.sharding.shard_shape(kernel.shape) == (6, 10)  # 4 do not divide 10
   embedding = loaded.params['decoder']['embedding']
   assert embedding.sharding.shard_shape(embedding.shape)[0] == 6
+
+
+def test_imported_onto_devices(saved, tmp_path, monkeypatch):
+  folder, model = saved
+  monkeypatch.setattr(lm_workdir, 'HOST_BYTES', 1)  # one array after the other
+  mesh = mains.mesh(2)
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'model': 2}
+  back = lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'float32', silent, mesh)
+  same(back.params, model.params)
+  for path, x in traverse_util.flatten_dict(back.params, sep='/').items():
+    assert x.sharding == lm_workdir.shardings(model.cfg, mesh)[path]
+  query = back.params['decoder']['layers']['layers_1']['attention']['attention']['query']['kernel']
+  assert query.addressable_shards[0].data.shape == (3, query.shape[1] // 2)
+  same(lm_workdir.load(tmp_path / 'new').params, model.params)
+  with pytest.raises(ConfigError, match=r'--model_parallel=3: mesh .* device count 8'):
+    mains.mesh(3)
+  assert mains.mesh(1) is None
 
 
 def test_many_files(saved, tmp_path, monkeypatch):
