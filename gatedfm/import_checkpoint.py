@@ -25,9 +25,7 @@ _DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
 )
 _MODEL_PARALLEL = flags.DEFINE_integer(
-  'model_parallel',
-  1,
-  "Devices that share a matrix's columns; above 1 the others share its rows: none holds all.",
+  'model_parallel', 0, "Devices that share a matrix's columns, others share rows; 0: one has all."
 )
 flags.mark_flag_as_required('to')
 

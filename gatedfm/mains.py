@@ -129,7 +129,7 @@ def folder(value: str) -> Path:
 
 
 def mesh(model_parallel: int) -> Any:
-  """The devices that parameters are laid out on; None, the first alone, for a model axis of 1.
+  """All devices with a model axis of that size; None, the first device alone, for 0.
 
   Raises:
     ConfigError: a model axis that the number of devices does not allow.
@@ -137,7 +137,7 @@ def mesh(model_parallel: int) -> Any:
   from gatedfm import partitioning
   from gatedfm.models.speech_config import ConfigError
 
-  if model_parallel == 1:
+  if not model_parallel:
     return None
   try:
     return partitioning.make_mesh(data=1, fsdp=-1, model=model_parallel)

@@ -22,8 +22,11 @@ from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
 from gatedfm.execution import lm_workdir, plain
 from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.models import lm_config
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError
+from gatedfm.trainers import checkpoints
+from gatedfm.trainers import config as config_lib
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them
@@ -82,6 +85,29 @@ def _read_hf(folder: Path) -> tuple[dict[str, Any], Tensors, LmTokenizer | None]
   except (OSError, ValueError) as e:
     raise DataError(f'{folder / "config.json"} cannot be read: {e}') from None
   return theirs, tensors, LmTokenizer.in_folder(folder)
+
+
+def config_of(model: str) -> LmConfig:
+  """Configuration of `opt-SIZE` or `smollm2`, or of a folder, theirs or ours.
+
+  Raises:
+    DataError: no such folder, or none of a model's.
+    ConfigError: another kind of model, or a pruned one whose layers differ.
+  """
+  if model == 'smollm2':
+    return lm_config.smollm2()
+  if model.startswith('opt-'):
+    return lm_config.opt(model.removeprefix('opt-'))
+  path = Path(model).expanduser() / checkpoints.CONFIG
+  try:
+    about = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise DataError(f'{path} cannot be read: {e}; give opt-66b, smollm2, or a folder') from None
+  if 'kept' in about:
+    raise ConfigError(f'{model} was pruned: export it as --export=plain first, and give that')
+  if 'language_model' in about:
+    return config_lib.from_dict(LmConfig, about['language_model'])
+  return hf.config(about)
 
 
 def _check_tokenizer(tokenizer: LmTokenizer | None, cfg: LmConfig, path: Path) -> None:

@@ -105,14 +105,14 @@ def test_imported_onto_devices(saved, tmp_path, monkeypatch):
   assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'model': 2}
   back = lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'float32', silent, mesh)
   same(back.params, model.params)
-  for path, x in traverse_util.flatten_dict(back.params, sep='/').items():
-    assert x.sharding == lm_workdir.shardings(model.cfg, mesh)[path]
-  query = back.params['decoder']['layers']['layers_1']['attention']['attention']['query']['kernel']
+  flat = traverse_util.flatten_dict(back.params, sep='/')
+  assert {k: x.sharding for k, x in flat.items()} == lm_workdir.shardings(model.cfg, mesh)
+  query = flat['decoder/layers/layers_1/attention/attention/query/kernel']
   assert query.addressable_shards[0].data.shape == (3, query.shape[1] // 2)
   same(lm_workdir.load(tmp_path / 'new').params, model.params)
   with pytest.raises(ConfigError, match=r'--model_parallel=3: mesh .* device count 8'):
     mains.mesh(3)
-  assert mains.mesh(1) is None
+  assert mains.mesh(0) is None
 
 
 def test_many_files(saved, tmp_path, monkeypatch):
@@ -192,6 +192,23 @@ def test_all_that_does_not_fit_is_named(saved, tmp_path):
   for part in (f'{missing} ', f'{wrong}: model', 'more: not in the model'):
     assert part in str(e.value)
   assert not (tmp_path / 'new').exists()
+
+
+def test_configurations_by_name_or_folder(saved, tmp_path):
+  folder, model = saved
+  assert lm_files.config_of('opt-66b').layers == 64
+  assert lm_files.config_of('smollm2').groups == 3
+  assert lm_files.config_of(str(folder / 'own')) == model.cfg
+  theirs = lm_files.config_of(str(folder / 'theirs'))
+  assert dataclasses.replace(theirs, scan_layers=model.cfg.scan_layers) == model.cfg
+  with pytest.raises(DataError, match=r'config\.json cannot be read: .*give opt-66b'):
+    lm_files.config_of(str(tmp_path))
+  with pytest.raises(ConfigError, match="OPT size is '7b'"):
+    lm_files.config_of('opt-7b')
+  small = lm_workdir.compacted(model, Gates({'decoder/ffn': np.array([1.0, 0])}), {})
+  lm_workdir.save(tmp_path / 'pruned', small)
+  with pytest.raises(ConfigError, match='was pruned: export it as --export=plain'):
+    lm_files.config_of(str(tmp_path / 'pruned'))
 
 
 def test_oldest_names_of_opt(tmp_path):
