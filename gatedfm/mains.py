@@ -128,6 +128,23 @@ def folder(value: str) -> Path:
   return Path(value).expanduser()
 
 
+def mesh(model_parallel: int) -> Any:
+  """All devices with a model axis of that size; None, the first device alone, for 0.
+
+  Raises:
+    ConfigError: a model axis that the number of devices does not allow.
+  """
+  from gatedfm import partitioning
+  from gatedfm.models.speech_config import ConfigError
+
+  if not model_parallel:
+    return None
+  try:
+    return partitioning.make_mesh(data=1, fsdp=-1, model=model_parallel)
+  except ValueError as e:
+    raise ConfigError(f'--model_parallel={model_parallel}: {e}') from None
+
+
 def define_search() -> Callable[..., Any]:
   """Defines the flags of how texts are searched for; what reads them as a `decoding.Search`."""
   number, ratio = flags.DEFINE_integer, flags.DEFINE_float

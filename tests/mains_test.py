@@ -23,7 +23,7 @@ def run(*arguments, **variables):
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('name', [*MAINS, 'benchmark'])
+@pytest.mark.parametrize('name', [*MAINS, 'benchmark', 'memory'])
 def test_help_shows_an_example(name):
   result = run(f'gatedfm.{name}', '--help')
   assert result.returncode == 0
@@ -54,6 +54,8 @@ def test_required_flags(name):
     ('benchmark', ('--json=a.png',), 'error: --json=a.png must end in .json'),
     ('benchmark', ('--json=/dev/null/a.json',), 'error: '),
     ('benchmark', ('--model=huge',), "error: model 'huge' is neither layers x width"),
+    ('memory', ('--model=smollm2', '--chips=v4:'), 'error: --chips=v4:: write KIND:NUMBER'),
+    ('memory', ('--model=smollm2', '--chips=v3:8'), "error: chip is 'v3'"),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),

@@ -175,7 +175,12 @@ def _llama_config(theirs: Mapping[str, Any]) -> LmConfig:
 
 
 def to_config(cfg: LmConfig) -> dict[str, Any]:
-  """The `config.json` of a model of ours."""
+  """The `config.json` of a model of ours.
+
+  Raises:
+    ConfigError: a number of heads that theirs cannot have.
+  """
+  _check_heads(cfg)
   activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[cfg.activation]
   shared = {
     'vocab_size': cfg.vocab_size,
@@ -207,6 +212,22 @@ def to_config(cfg: LmConfig) -> dict[str, Any]:
     'word_embed_proj_dim': cfg.embed_width or cfg.d,
     'dropout': 0.0,
   }
+
+
+def _check_heads(cfg: LmConfig) -> None:
+  """Their classes compute widths from the number of heads, or want it to divide all the same."""
+  if cfg.positions != 'rotary' and cfg.heads * cfg.width != cfg.d:
+    raise ConfigError(
+      f"{cfg.heads} heads of {cfg.width} are left of a width of {cfg.d}, and OPT's attention in "
+      'transformers has no other number of heads than fills it: prune channels or whole layers '
+      'of it for export, or let it stay in our format'
+    )
+  if cfg.d % cfg.heads:
+    fit = [h for h in range(1, cfg.heads) if not cfg.d % h]
+    raise ConfigError(
+      f'{cfg.heads} heads do not divide a width of {cfg.d}, which LlamaConfig of transformers '
+      f'wants: with --shape=uniform, close so many that one of {fit} are left'
+    )
 
 
 def _theirs(tensors: Tensors, cfg: LmConfig) -> dict[str, LazyTensor]:

@@ -20,16 +20,25 @@ from gatedfm.convert.tensor_files import Tensors
 from gatedfm.data import sources, wheels
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
-from gatedfm.execution import lm_workdir
+from gatedfm.execution import lm_workdir, plain
 from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.models import lm_config
 from gatedfm.models.lm_config import LmConfig
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.trainers import checkpoints
+from gatedfm.trainers import config as config_lib
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as Hugging Face cuts them
 
 
 def bring(
-  kind: str, path: Path, workdir: Path, dtype: str, say: Callable[[str], None]
+  kind: str,
+  path: Path,
+  workdir: Path,
+  dtype: str,
+  say: Callable[[str], None],
+  mesh: Any = None,
 ) -> LmCheckpoint:
   """Imports a model into a new workdir.
 
@@ -39,6 +48,7 @@ def bring(
     workdir: new or empty.
     dtype: `float32`, `bfloat16` or `float16`, that parameters are kept in.
     say: is told what is done.
+    mesh: devices to lay the parameters out on (`partitioning`); None takes the first device.
 
   Raises:
     DataError, ConfigError, WorkdirError: before anything is written.
@@ -56,15 +66,11 @@ def bring(
     tokenizer = LmTokenizer(file.tokenizer())
   cfg = hf.config(theirs)
   _check_tokenizer(tokenizer, cfg, path)
-  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype])
+  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype], mesh)
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}
   out = LmCheckpoint(cfg, params, tokenizer, origin)
   lm_workdir.save(workdir, out)
-  size = sum(x.size for x in jax.tree.leaves(params))
-  say(
-    f'{workdir}: {size / 1e6:.1f} million parameters in {dtype}, {cfg.layers} layers, '
-    f'{cfg.heads} heads ({cfg.groups} of keys and values), in {time.perf_counter() - start:.0f} s'
-  )
+  say(f'{workdir}: {_sizes(out)}, in {time.perf_counter() - start:.0f} s')
   if tokenizer is None:
     say(
       'no tokenizer beside it: texts cannot be read; put its tokenizer.json there and import again'
@@ -81,6 +87,29 @@ def _read_hf(folder: Path) -> tuple[dict[str, Any], Tensors, LmTokenizer | None]
   return theirs, tensors, LmTokenizer.in_folder(folder)
 
 
+def config_of(model: str) -> LmConfig:
+  """Configuration of `opt-SIZE` or `smollm2`, or of a folder, theirs or ours.
+
+  Raises:
+    DataError: no such folder, or none of a model's.
+    ConfigError: another kind of model, or a pruned one whose layers differ.
+  """
+  if model == 'smollm2':
+    return lm_config.smollm2()
+  if model.startswith('opt-'):
+    return lm_config.opt(model.removeprefix('opt-'))
+  path = Path(model).expanduser() / checkpoints.CONFIG
+  try:
+    about = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise DataError(f'{path} cannot be read: {e}; give opt-66b, smollm2, or a folder') from None
+  if 'kept' in about:
+    raise ConfigError(f'{model} was pruned: export it as --export=plain first, and give that')
+  if 'language_model' in about:
+    return config_lib.from_dict(LmConfig, about['language_model'])
+  return hf.config(about)
+
+
 def _check_tokenizer(tokenizer: LmTokenizer | None, cfg: LmConfig, path: Path) -> None:
   # Embeddings may have rows to spare: OPT's are rounded up to a multiple of 8.
   if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
@@ -91,12 +120,15 @@ def _check_tokenizer(tokenizer: LmTokenizer | None, cfg: LmConfig, path: Path) -
 
 
 def _load(tensors: Tensors, cfg: LmConfig, dtype: Any, mesh: Any = None) -> dict[str, Any]:
-  """Unrolled parameters on their devices: the host holds one tensor at a time beside them."""
+  """Unrolled parameters on their devices: the host holds a part of one tensor beside them."""
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   laid_out = None if mesh is None else lm_workdir.shardings(cfg, mesh)
   flat = {}
   for path, tensor in hf.lazy_params(tensors, cfg).items():
-    host = np.ascontiguousarray(np.asarray(tensor.read()).astype(dtype, copy=False))
-    flat[path] = jax.device_put(host, None if laid_out is None else laid_out[path])
+    whole = np.asarray(tensor.read())
+    part = lambda at, a=whole: np.asarray(a[at], dtype, order='C')
+    sharding = where if laid_out is None else laid_out[path]
+    flat[path] = jax.make_array_from_callback(tensor.shape, sharding, part)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -105,10 +137,11 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
 
   Raises:
     CheckpointError: no language model there.
+    ConfigError: a pruned one that their layout cannot hold, and what to prune it by.
     WorkdirError: a folder that holds something.
   """
-  lm_workdir.refuse_used(folder)
-  model = lm_workdir.load(workdir)
+  model = _plain(workdir, folder)
+  about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
   folder.mkdir(parents=True, exist_ok=True)
   weights, total, part = {}, 0, {}
   parts: list[dict[str, np.ndarray]] = []
@@ -131,6 +164,32 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
     atomic.write_text(folder / tensor_files.NAMES[0], json.dumps(index, indent=1) + '\n')
   if model.tokenizer is not None:
     model.tokenizer.save(folder / 'tokenizer.json')
-  about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
   atomic.write_text(folder / 'config.json', json.dumps(about, indent=1) + '\n')
   say(f'{folder}: {total / 1e6:.0f} MB in {len(parts)} file(s)')
+
+
+def export_plain(workdir: Path, folder: Path, say: Callable[[str], None]) -> None:
+  """Writes a pruned model as a dense one of smaller sizes, in our format (`plain.plain`).
+
+  Raises: as `export`.
+  """
+  model = _plain(workdir, folder)
+  lm_workdir.save(folder, model)
+  say(f'{folder}: {_sizes(model)}')
+
+
+def _plain(workdir: Path, folder: Path) -> LmCheckpoint:
+  lm_workdir.refuse_used(folder)
+  model = lm_workdir.load(workdir)
+  try:
+    return plain.plain(model)
+  except ConfigError as e:
+    raise ConfigError(f'{workdir} cannot be exported: {e}') from None
+
+
+def _sizes(model: LmCheckpoint) -> str:
+  cfg, size = model.cfg, sum(x.size for x in jax.tree.leaves(model.params))
+  return (
+    f'{size / 1e6:.1f} million parameters in {jax.tree.leaves(model.params)[0].dtype}, '
+    f'{cfg.layers} layers, {cfg.heads} heads ({cfg.groups} of keys and values)'
+  )

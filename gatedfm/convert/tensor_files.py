@@ -1,7 +1,8 @@
 """Named arrays in files of Hugging Face checkpoints, read one at a time and without torch.
 
-`model.safetensors`, `pytorch_model.bin` (a zip of a pickle and raw data) and the indexes of either
-that name many such files. Pickles are read by an unpickler that knows tensors and nothing else.
+`model.safetensors`, `pytorch_model.bin` (a zip of a pickle and raw data, or before torch 1.6 some
+pickles with raw data behind them) and the indexes of either that name many such files. Pickles are
+read by an unpickler that knows tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -68,7 +69,7 @@ def in_file(path: Path) -> dict[str, LazyTensor]:
   """The tensors of one file, by name; see `in_folder`."""
   if not path.exists():
     raise DataError(f'{path} is missing: fetch all files of the checkpoint')
-  return _safetensors(path) if path.suffix == '.safetensors' else _torch_zip(path)
+  return _safetensors(path) if path.suffix == '.safetensors' else _torch(path)
 
 
 def _safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -100,6 +101,7 @@ _DTYPES = {
 class _Storage:
   dtype: Any
   key: str
+  offset: int = 0  # of a view into it, as old files have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,61 +129,89 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
   """Knows tensors; whatever else a pickle names would be run, and is refused."""
 
+  def __init__(self, file: BinaryIO):
+    super().__init__(file)
+    self.dtypes: dict[str, Any] = {}  # of storages that it has met
+
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in _KNOWN:
       raise pickle.UnpicklingError(f'it asks for {module}.{name}, which is no part of a tensor')
     return _KNOWN[module, name]
 
   def persistent_load(self, pid: Any) -> _Storage:
-    kind, dtype, key, *_ = pid
+    kind, dtype, key, *rest = pid
     if kind != 'storage' or dtype not in _DTYPES:
       raise pickle.UnpicklingError(f'it holds a {kind} of {dtype}')
-    return _Storage(_DTYPES[dtype], key)
+    self.dtypes[key] = _DTYPES[dtype]
+    view = rest[2] if len(rest) > 2 else None
+    return _Storage(_DTYPES[dtype], key, view[1] if view else 0)
 
 
-def _torch_zip(path: Path) -> dict[str, LazyTensor]:
+# What `torch.save` began its files with before 1.6, and still does when asked for that format.
+_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+
+# Where in a file a storage begins, and how many bytes it has, by key.
+_Spans = dict[str, tuple[int, int]]
+
+
+def _torch(path: Path) -> dict[str, LazyTensor]:
   try:
-    with zipfile.ZipFile(path) as archive:
-      members = {info.filename: info for info in archive.infolist()}
-      (data,) = [name for name in members if name.endswith('/data.pkl')]
-      state = _Unpickler(io.BytesIO(archive.read(data))).load()
-  except zipfile.BadZipFile:
+    with path.open('rb') as file:
+      raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+      read = _legacy if raw[: len(_MAGIC)] == _MAGIC else _zipped
+      state, spans = read(file, raw)
+  except (zipfile.BadZipFile, struct.error, EOFError) as e:
     raise DataError(
-      f'{path} is no zip archive: damaged, or written by torch before 1.6; load it there and save '
-      'it again'
+      f'{path} is no zip archive that torch writes, nor a file of torch before 1.6: damaged? ({e})'
     ) from None
   except Exception as e:  # whatever a damaged or hostile pickle raises
     raise DataError(f'{path}: its pickle is not one of plain tensors: {e}') from None
   if not isinstance(state, dict) or not all(isinstance(v, _View) for v in state.values()):
     raise DataError(f'{path} holds something else than named tensors')
-  with path.open('rb') as file:
-    raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-  prefix = data.removesuffix('data.pkl')
-  return {
-    name: _lazy(path, raw, view, members.get(f'{prefix}data/{view.storage.key}'))
-    for name, view in state.items()
-  }
+  return {name: _lazy(path, raw, view, spans) for name, view in state.items()}
 
 
-def _lazy(path: Path, raw: mmap.mmap, view: _View, member: zipfile.ZipInfo | None) -> LazyTensor:
-  """A view into the archive; storages are stored in it as they are, uncompressed."""
-  dtype = np.dtype(view.storage.dtype)
-  last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides))
-  empty = 0 in view.shape
-  if member is None or member.compress_type or min(view.strides, default=0) < 0 or view.offset < 0:
-    raise DataError(f'{path}: storage {view.storage.key} is missing or compressed')
-  if not empty and (last + 1) * dtype.itemsize > member.file_size:
-    raise DataError(f'{path}: a tensor reaches beyond its storage {view.storage.key}')
+def _zipped(file: BinaryIO, raw: mmap.mmap) -> tuple[Any, _Spans]:
+  with zipfile.ZipFile(file) as archive:
+    members = archive.infolist()
+    (data,) = [m.filename for m in members if m.filename.endswith('/data.pkl')]
+    state = _Unpickler(io.BytesIO(archive.read(data))).load()
+  spans, prefix = {}, f'{data.removesuffix("data.pkl")}data/'
+  for member in members:
+    if member.filename.startswith(prefix) and not member.compress_type:
+      # Behind the local header, whose name and extra fields have lengths of their own.
+      name, extra = struct.unpack_from('<HH', raw, member.header_offset + 26)
+      start = member.header_offset + 30 + name + extra
+      spans[member.filename.removeprefix(prefix)] = start, member.file_size
+  return state, spans
+
+
+def _legacy(file: BinaryIO, raw: mmap.mmap) -> tuple[Any, _Spans]:
+  """Magic number, version, machine, state and keys; then each storage behind its length."""
+  pickles = [_Unpickler(file) for _ in range(5)]
+  *_, state, keys = [one.load() for one in pickles]
+  spans, at, dtypes = {}, file.tell(), pickles[3].dtypes
+  for key in keys:
+    (count,) = struct.unpack_from('<Q', raw, at)
+    spans[key] = at + 8, count * np.dtype(dtypes[key]).itemsize
+    at = sum(spans[key])
+  return state, spans
+
+
+def _lazy(path: Path, raw: mmap.mmap, view: _View, spans: _Spans) -> LazyTensor:
+  """A view into the file, where storages stand as they are."""
+  storage, dtype = view.storage, np.dtype(view.storage.dtype)
+  start, size = spans.get(storage.key, (0, -1))
+  offset = storage.offset + view.offset
+  last = offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides))
+  if not 0 <= size <= len(raw) - start or min((offset, *view.strides, *view.shape)) < 0:
+    raise DataError(f'{path}: storage {storage.key} is missing, cut short or compressed')
+  if 0 not in view.shape and (last + 1) * dtype.itemsize > size:
+    raise DataError(f'{path}: a tensor reaches beyond its storage {storage.key}')
 
   def read() -> np.ndarray:
-    # Behind the local header, whose name and extra fields have lengths of their own.
-    name, extra = struct.unpack_from('<HH', raw, member.header_offset + 26)
-    start = member.header_offset + 30 + name + extra
-    count = member.file_size // dtype.itemsize
-    flat = np.frombuffer(raw, dtype, count, start)
+    flat = np.frombuffer(raw, dtype, size // dtype.itemsize, start)
     strides = [s * dtype.itemsize for s in view.strides]
-    return np.lib.stride_tricks.as_strided(
-      flat[view.offset :], view.shape, strides, writeable=False
-    )
+    return np.lib.stride_tricks.as_strided(flat[offset:], view.shape, strides, writeable=False)
 
   return LazyTensor(view.shape, read)

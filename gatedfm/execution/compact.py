@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from gatedfm import gates as gates_lib
 from gatedfm.gates import Gates, Pattern, Site
 from gatedfm.models import stack
 from gatedfm.models.gate_predictor import GATE_MODULES
-from gatedfm.models.lm_config import LmConfig
+from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 from gatedfm.nn import gating
@@ -116,6 +117,43 @@ def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str,
     if axis == 1 and 'bias' in linear:
       out[name]['bias'] = Compacted(linear['bias'][columns], units)
   return out
+
+
+def fold(params: dict[str, Any], cut: Gates, cfg: LmConfig) -> tuple[dict[str, Any], Gates]:
+  """A compacted language model without modules of which only a constant is left.
+
+  A module without heads or channels adds the same vector, its output's bias, to every token. Up
+  to there nothing reads what the residual stream was given last, so that vector is added to it
+  there: to the bias of the module before or, where norms follow each sum, of that norm; in front
+  of the first, to the position embeddings. The function stays what it is, dropout aside.
+
+  Args:
+    params: unrolled, what compaction has left.
+    cut: by which it was compacted: `[N]` per site of modules, `[N, U]` per site of units.
+    cfg: of the model.
+
+  Returns: parameters and gates in which those modules are closed. A constant that nothing can
+  take stays, and its module with it.
+  """
+  flat = traverse_util.flatten_dict(params, sep='/')
+  left = {site.name: np.array(cut[site.name]) for site in cfg.all_sites()}
+  outputs = {'attention': 'attention/out/bias', 'ffn': 'ffn/w_2/bias'}
+  taker = f'{STACK}/position_embedding'
+  for i in range(cfg.layers):
+    for site, units in zip(cfg.all_sites(), cfg.unit_sites()):
+      path = f'{STACK}/layers/{stack.PREFIX}{i}/{site.module}'
+      bias = f'{path}/{outputs[site.module]}'
+      empty = left[site.name][i] and not cut[units.name][i].any()
+      if empty and (not cfg.use_bias or taker in flat):
+        if cfg.use_bias:
+          flat[taker] = flat[taker] + flat[bias]
+        flat = {k: v for k, v in flat.items() if not k.startswith(f'{path}/')}
+        left[site.name][i] = 0
+      if not cfg.pre_norm:
+        taker = f'{path}_norm/bias'
+      elif left[site.name][i]:
+        taker = bias
+  return traverse_util.unflatten_dict(flat, sep='/'), Gates(cut.values | left)
 
 
 def without_predictors(params: dict[str, Any]) -> dict[str, Any]:

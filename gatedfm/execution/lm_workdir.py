@@ -28,6 +28,7 @@ from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.workdirs import WorkdirError
 
 TOKENIZER = 'tokenizer.json'
+HOST_BYTES = 2**27  # taken for writing a model, or as much as its largest array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,21 @@ class LmCheckpoint:
     """The gates to run it with."""
     return None if self.cut is None else self.pattern.fixed()
 
+  def kept(self) -> dict[str, Any]:
+    """What was not cut out, as plain data: by site '0110', or one such text per layer."""
+    return {name: _bits(gates) for name, gates in self.cut.values.items()}
 
-def compacted(model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any]) -> LmCheckpoint:
+
+def compacted(
+  model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any], fold: bool = False
+) -> LmCheckpoint:
   """The model without what `gates` close: modules, heads, hidden channels.
 
   Args:
     model: of which nothing was cut before.
     gates: 0 or 1; sites that it does not name stay whole.
     origin: to be saved with it.
+    fold: closes modules that lose all their heads or channels too (`compact.fold`).
 
   Raises:
     ValueError: gates that do not fit, or a model that was cut before.
@@ -80,9 +88,10 @@ def compacted(model: LmCheckpoint, gates: Gates, origin: Mapping[str, Any]) -> L
   for name, gates_N in cut.values.items():
     if ((gates_N != 0) & (gates_N != 1)).any():
       raise ValueError(f'gates of {name} lie between open and closed: nothing to cut there')
-  return dataclasses.replace(
-    model, params=_cut(model.params, model.cfg, cut), origin=origin, cut=cut
-  )
+  params = _cut(model.params, model.cfg, cut)
+  if fold:
+    params, cut = compact.fold(params, cut, model.cfg)
+  return dataclasses.replace(model, params=params, origin=origin, cut=cut)
 
 
 def _pattern(cfg: LmConfig, cut: Gates) -> Pattern:
@@ -109,9 +118,10 @@ def save(workdir: Path, model: LmCheckpoint) -> None:
   value = lambda x: x.value if isinstance(x, Compacted) else x
   flat = {k: value(x) for k, x in _flat(model.params).items()}
   # Of a layer without heads or channels empty arrays are left, which orbax does not take.
-  plain = _tree({k: x for k, x in flat.items() if x.size})
-  with checkpoints.Checkpoints(workdir) as manager:
-    manager.save(0, {'params': plain}, {'next_batch': 0, 'seconds': 0.0})
+  plain = {k: x for k, x in flat.items() if x.size}
+  largest = max(x.nbytes for x in plain.values())
+  with checkpoints.Checkpoints(workdir, host_bytes=max(largest, HOST_BYTES)) as manager:
+    manager.save(0, {'params': _tree(plain)}, {'next_batch': 0, 'seconds': 0.0})
   if model.tokenizer is not None:
     model.tokenizer.save(workdir / TOKENIZER)
   about = {
@@ -120,7 +130,7 @@ def save(workdir: Path, model: LmCheckpoint) -> None:
     'origin': model.origin,
   }
   if model.cut is not None:
-    about['kept'] = {name: _bits(gates) for name, gates in model.cut.values.items()}
+    about['kept'] = model.kept()
   atomic.write_text(workdir / checkpoints.CONFIG, json.dumps(about, indent=1) + '\n')
 
 

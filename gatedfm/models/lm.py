@@ -164,7 +164,8 @@ class LmLayer(nn.Module):
     x, cache = gating.under_gate(mode, gate, self.attention, extend, keep, x, cache, *rest)
     x = x if self.cfg.pre_norm else self.attention_norm(x)
     x = gating.add_gated(mode, gates.get('ffn'), self.ffn, x, x, True, channels)
-    return x if self.cfg.pre_norm else self.ffn_norm(x), cache
+    x = x if self.cfg.pre_norm else self.ffn_norm(x)
+    return constrain(x, 'batch', 'time', 'act_embed'), cache
 
 
 class LmDecoder(nn.Module):
@@ -243,7 +244,7 @@ class LmDecoder(nn.Module):
     columns_P = at + jnp.arange(p)
     positions_BxP = jax.lax.dynamic_slice_in_dim(_positions(mask_BxS), at, p, 1)
     seen = (jnp.arange(mask_BxS.shape[1]) <= columns_P[:, None]) & mask_BxS[:, None, None, :]
-    x = self.embed(tokens_BxP, positions_BxP)
+    x = constrain(self.embed(tokens_BxP, positions_BxP), 'batch', 'time', 'act_embed')
 
     def visit(layer: LmLayer, layer_gates: stack_lib.Gates, i: int) -> None:
       nonlocal x

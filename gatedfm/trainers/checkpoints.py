@@ -35,15 +35,22 @@ class Checkpoints:
     workdir: checkpoints go to its folder `checkpoints`.
     keep: how many of the latest stay.
     mine: whether this process trains here, and may clear what a killed run left half-written.
+    host_bytes: of memory that a save takes for what it writes at a time, no less than the largest
+      array; None takes as much as all arrays have.
   """
 
-  def __init__(self, workdir: Path, keep: int = 2, mine: bool = True):
+  def __init__(
+    self, workdir: Path, keep: int = 2, mine: bool = True, host_bytes: int | None = None
+  ):
     self._workdir = workdir
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = host_bytes
     self._manager = ocp.training.Checkpointer(
       (workdir / FOLDER).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=mine,
+      context=context,
     )
 
   @property

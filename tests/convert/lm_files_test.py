@@ -7,15 +7,17 @@ import jax
 import numpy as np
 import pytest
 import tiny_speech
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gatedfm import partitioning
+from gatedfm import mains, partitioning
 from gatedfm.convert import hf, lm_files
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
+from gatedfm.gates import Gates
 from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig, llama
 from gatedfm.models.speech_config import ConfigError
@@ -40,7 +42,7 @@ def tokenizer(words=10):
 def make(cfg):
   shapes = lm.abstract_params(cfg)
   flat = tiny_speech.random_tree(shapes, seed=2)
-  params = lm_files.traverse_util.unflatten_dict(flat, sep='/')
+  params = traverse_util.unflatten_dict(flat, sep='/')
   return LmCheckpoint(cfg, params, tokenizer(), {'format': 'test'})
 
 
@@ -96,6 +98,23 @@ def test_laid_out_on_devices(saved):
   assert embedding.sharding.shard_shape(embedding.shape)[0] == 6
 
 
+def test_imported_onto_devices(saved, tmp_path, monkeypatch):
+  folder, model = saved
+  monkeypatch.setattr(lm_workdir, 'HOST_BYTES', 1)  # one array after the other
+  mesh = mains.mesh(2)
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'model': 2}
+  back = lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'float32', silent, mesh)
+  same(back.params, model.params)
+  flat = traverse_util.flatten_dict(back.params, sep='/')
+  assert {k: x.sharding for k, x in flat.items()} == lm_workdir.shardings(model.cfg, mesh)
+  query = flat['decoder/layers/layers_1/attention/attention/query/kernel']
+  assert query.addressable_shards[0].data.shape == (3, query.shape[1] // 2)
+  same(lm_workdir.load(tmp_path / 'new').params, model.params)
+  with pytest.raises(ConfigError, match=r'--model_parallel=3: mesh .* device count 8'):
+    mains.mesh(3)
+  assert mains.mesh(0) is None
+
+
 def test_many_files(saved, tmp_path, monkeypatch):
   folder, model = saved
   monkeypatch.setattr(lm_files, 'SHARD_BYTES', 2000)
@@ -103,6 +122,56 @@ def test_many_files(saved, tmp_path, monkeypatch):
   assert len(list((tmp_path / 'theirs').glob('model-*-of-*.safetensors'))) > 1
   back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
   same(back.params, model.params)
+
+
+def pruned(kind, **gates):
+  model = make(KINDS[kind])
+  gates = {f'decoder/{name}': np.asarray(g, np.float32) for name, g in gates.items()}
+  return lm_workdir.compacted(model, Gates(gates), {'format': 'pruned'})
+
+
+ALIKE = {
+  'opt': {'ffn_channels': np.arange(10) % 3, 'attention': [1, 0], 'ffn': [1, 0]},
+  'llama': {'attention_heads': [[0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]]},
+}
+
+
+@pytest.mark.parametrize('kind', ALIKE)
+def test_a_pruned_model_goes_out_where_layers_are_alike(kind, tmp_path, fast_compilation):
+  small = pruned(kind, **{k: np.asarray(g) > 0 for k, g in ALIKE[kind].items()})
+  lm_workdir.save(tmp_path / 'own', small)
+  lm_files.export(tmp_path / 'own', tmp_path / 'theirs', 'float32', silent)
+  back = lm_files.bring('hf', tmp_path / 'theirs', tmp_path / 'new', 'float32', silent)
+  lines = []
+  lm_files.export_plain(tmp_path / 'own', tmp_path / 'plain', lines.append)
+  assert f'{back.cfg.layers} layers, {back.cfg.heads} heads' in lines[0]
+  plain = lm_workdir.load(tmp_path / 'plain')
+  assert plain.origin['format'] == 'pruned'
+  same(plain.params, back.params)
+
+  def logits(model):
+    net, params = lm.for_inference(model.cfg, model.params)
+    ids, fixed = np.arange(10)[None], model.fixed()
+    return tiny_speech.jit(lambda p: net.apply({'params': p}, ids, gates=fixed))(params)
+
+  np.testing.assert_allclose(logits(back), logits(small), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'gates', 'message'),
+  [
+    ('opt', {'attention_heads': [1, 0]}, "1 heads of 6 are left of a width of 12, and OPT's"),
+    ('llama', {'ffn_channels': [[1] * 10, [1, 0] * 5]}, '--shape=uniform'),
+    ('llama', {'attention_heads': [[1, 1, 1, 1, 1, 0]] * 2}, '--groups'),
+    ('narrow', {'attention_heads': [1] * 5 + [0]}, r'5 heads do not .* one of \[1, 2, 3, 4\]'),
+  ],
+)
+def test_what_their_layout_cannot_hold(kind, gates, message, tmp_path, monkeypatch):
+  monkeypatch.setitem(KINDS, 'narrow', llama(**SIZES, heads=6, head_width=4))
+  lm_workdir.save(tmp_path / 'own', pruned(kind, **gates))
+  with pytest.raises(ConfigError, match=message):
+    lm_files.export(tmp_path / 'own', tmp_path / 'theirs', 'float32', silent)
+  assert not (tmp_path / 'theirs').exists()
 
 
 def test_all_that_does_not_fit_is_named(saved, tmp_path):
@@ -123,6 +192,23 @@ def test_all_that_does_not_fit_is_named(saved, tmp_path):
   for part in (f'{missing} ', f'{wrong}: model', 'more: not in the model'):
     assert part in str(e.value)
   assert not (tmp_path / 'new').exists()
+
+
+def test_configurations_by_name_or_folder(saved, tmp_path):
+  folder, model = saved
+  assert lm_files.config_of('opt-66b').layers == 64
+  assert lm_files.config_of('smollm2').groups == 3
+  assert lm_files.config_of(str(folder / 'own')) == model.cfg
+  theirs = lm_files.config_of(str(folder / 'theirs'))
+  assert dataclasses.replace(theirs, scan_layers=model.cfg.scan_layers) == model.cfg
+  with pytest.raises(DataError, match=r'config\.json cannot be read: .*give opt-66b'):
+    lm_files.config_of(str(tmp_path))
+  with pytest.raises(ConfigError, match="OPT size is '7b'"):
+    lm_files.config_of('opt-7b')
+  small = lm_workdir.compacted(model, Gates({'decoder/ffn': np.array([1.0, 0])}), {})
+  lm_workdir.save(tmp_path / 'pruned', small)
+  with pytest.raises(ConfigError, match='was pruned: export it as --export=plain'):
+    lm_files.config_of(str(tmp_path / 'pruned'))
 
 
 def test_oldest_names_of_opt(tmp_path):

@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import pickle
+import struct
 import sys
 import types
 import zipfile
@@ -58,25 +59,44 @@ class Tensor:
     return torch._utils._rebuild_parameter, (inner, True, collections.OrderedDict())
 
 
-def write_bin(path, torch, state, storages, compression=zipfile.ZIP_STORED):
-  """A file as `torch.save` writes it."""
+def pickled(torch, obj, views=()):
+  """As torch pickles an object; storages in `views` begin in another one."""
 
   class Pickler(pickle.Pickler):
     def persistent_id(self, obj):
       if isinstance(obj, Storage):
         kind = getattr(torch, KINDS[str(obj.array.dtype)])
-        return ('storage', kind, obj.key, 'cpu', obj.array.size)
+        return ('storage', kind, obj.key, 'cpu', obj.array.size, dict(views).get(obj.key))
       return None
 
   buffer = io.BytesIO()
-  Pickler(buffer, 2).dump(state)
+  Pickler(buffer, 2).dump(obj)
+  return buffer.getvalue()
+
+
+def write_bin(path, torch, state, storages, compression=zipfile.ZIP_STORED):
+  """A file as `torch.save` writes it."""
   with zipfile.ZipFile(path, 'w', compression) as archive:
-    archive.writestr('model/data.pkl', buffer.getvalue())
+    archive.writestr('model/data.pkl', pickled(torch, state))
     for storage in storages:
       archive.writestr(f'model/data/{storage.key}', storage.array.tobytes())
 
 
-def test_torch_files(tmp_path, torch_like):
+def write_legacy(path, torch, state, storages, views=(), machine=None):
+  """A file as torch before 1.6 wrote it."""
+  keys = [storage.key for storage in storages]
+  out = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001)]
+  out += [pickled(torch, x, views) for x in (machine or {'little_endian': True}, state, keys)]
+  for storage in storages:
+    out += [struct.pack('<q', storage.array.size), storage.array.tobytes()]
+  path.write_bytes(b''.join(out))
+
+
+WRITERS = {'zip': write_bin, 'legacy': write_legacy}
+
+
+@pytest.mark.parametrize('write', WRITERS)
+def test_torch_files(write, tmp_path, torch_like):
   a = Storage('0', np.arange(24, dtype=np.float32))
   b = Storage('1', np.arange(6).astype(ml_dtypes.bfloat16))
   state = collections.OrderedDict(
@@ -87,7 +107,7 @@ def test_torch_files(tmp_path, torch_like):
     scalar=Tensor(torch_like, a, 5, (), ()),
   )
   path = tmp_path / 'pytorch_model.bin'
-  write_bin(path, torch_like, state, [a, b])
+  WRITERS[write](path, torch_like, state, [a, b])
   found = tensor_files.in_folder(tmp_path)
   whole = np.arange(24, dtype=np.float32).reshape(4, 6)
   want = {
@@ -136,12 +156,51 @@ class Hostile:
     return open, (str(self.path), 'w')
 
 
-def test_a_hostile_pickle_never_runs(tmp_path, torch_like):
+@pytest.mark.parametrize('write', WRITERS)
+def test_a_hostile_pickle_never_runs(write, tmp_path, torch_like):
   harm = tmp_path / 'harm'
-  write_bin(tmp_path / 'pytorch_model.bin', torch_like, {'w': Hostile(harm)}, [])
+  WRITERS[write](tmp_path / 'pytorch_model.bin', torch_like, {'w': Hostile(harm)}, [])
+  with pytest.raises(DataError, match=r'io\.open, which is no part of a tensor'):
+    tensor_files.in_folder(tmp_path)
+  machine = {'little_endian': Hostile(harm)}
+  write_legacy(tmp_path / 'pytorch_model.bin', torch_like, {}, [], machine=machine)
   with pytest.raises(DataError, match=r'io\.open, which is no part of a tensor'):
     tensor_files.in_folder(tmp_path)
   assert not harm.exists()
+
+
+def test_old_files_view_storages(tmp_path, torch_like):
+  whole = Storage('0', np.arange(24, dtype=np.float32))
+  state = {'w': Tensor(torch_like, whole, 1, (2, 3), (3, 1))}
+  path = tmp_path / 'pytorch_model.bin'
+  write_legacy(path, torch_like, state, [whole], {'0': ('1', 5, 10)})
+  want = np.arange(6.0, 12).reshape(2, 3)
+  np.testing.assert_array_equal(tensor_files.in_folder(tmp_path)['w'].read(), want)
+
+
+def test_damaged_old_files(tmp_path, torch_like):
+  path, a = tmp_path / 'pytorch_model.bin', Storage('0', np.arange(6, dtype=np.float32))
+  fine = Tensor(torch_like, a, 0, (2, 3), (3, 1))
+  write_legacy(path, torch_like, {'w': fine}, [a])
+  whole = path.read_bytes()
+  for cut, message in (
+    (1, 'storage 0 is missing'),
+    (25, 'no zip archive'),
+    (40, 'not one of plain'),
+  ):
+    path.write_bytes(whole[:-cut])
+    with pytest.raises(DataError, match=message):
+      tensor_files.in_folder(tmp_path)
+  write_legacy(path, torch_like, {'w': Tensor(torch_like, a, 1, (2, 3), (3, 1))}, [a])
+  with pytest.raises(DataError, match='a tensor reaches beyond its storage 0'):
+    tensor_files.in_folder(tmp_path)
+  for size in (-1, 7, 2**63):
+    path.write_bytes(whole[:-32] + struct.pack('<Q', size % 2**64) + whole[-24:])
+    with pytest.raises(DataError, match='storage 0 is missing'):
+      tensor_files.in_folder(tmp_path)
+  write_legacy(path, torch_like, {'w': fine}, [])
+  with pytest.raises(DataError, match='storage 0 is missing'):
+    tensor_files.in_folder(tmp_path)
 
 
 def test_damaged_torch_files(tmp_path, torch_like):
@@ -149,8 +208,8 @@ def test_damaged_torch_files(tmp_path, torch_like):
   fine = Tensor(torch_like, a, 0, (2, 3), (3, 1))
   cases = {
     'a tensor reaches beyond its storage 0': (Tensor(torch_like, a, 1, (2, 3), (3, 1)), [a], 0),
-    'storage 0 is missing or compressed': (fine, [], 0),
-    'is missing or compressed': (fine, [a], zipfile.ZIP_DEFLATED),
+    'storage 0 is missing, cut short or compressed': (fine, [], 0),
+    'is missing, cut short or compressed': (fine, [a], zipfile.ZIP_DEFLATED),
     'something else than named tensors': ([1, 2], [a], 0),
   }
   for message, (tensor, storages, compression) in cases.items():

@@ -13,7 +13,7 @@ from gatedfm import partitioning
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.gates import Gates
-from gatedfm.models import lm
+from gatedfm.models import lm, lm_losses
 from gatedfm.models.lm import for_inference
 from gatedfm.models.lm_config import LmConfig, llama
 
@@ -93,17 +93,73 @@ def test_mask_is_compact(kind, name, tmp_path, fast_compilation):
     run = tiny_speech.jit(lambda p, fixed=fixed: net.apply({'params': p}, tokens(), gates=fixed))
     np.testing.assert_allclose(run(one.params), want, rtol=1e-5, atol=1e-5)
 
-  # With caches, two steps.
-  fixed, mask = again.fixed(), np.ones((B, L), bool)
+  np.testing.assert_allclose(cached(net, again), want, rtol=1e-4, atol=1e-5)
+
+
+def cached(net, one):
+  """Logits with caches, in two steps."""
+  fixed, mask = one.fixed(), np.ones((B, L), bool)
   step = tiny_speech.jit(
     lambda p, ids, at, caches: net.apply({'params': p}, ids, at, caches, mask, fixed, method='step')
   )
-  caches = net.apply({'params': again.params}, B, L, fixed, method='start')
-  x, caches = step(again.params, tokens()[:, :4], jnp.int32(0), caches)
-  y, _ = step(again.params, tokens()[:, 4:], jnp.int32(4), caches)
+  caches = net.apply({'params': one.params}, B, L, fixed, method='start')
+  x, caches = step(one.params, tokens()[:, :4], jnp.int32(0), caches)
+  y, _ = step(one.params, tokens()[:, 4:], jnp.int32(4), caches)
   hidden = jnp.concatenate([x, y], 1)
-  got = net.apply({'params': again.params}, hidden, method='logits')
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  return net.apply({'params': one.params}, hidden, method='logits')
+
+
+EMPTIED = {
+  # By module, those of three layers that lose all of their units.
+  'first and last': ([0], [2]),
+  'in a row': ([1, 2], [0, 1]),
+  'all': ([0, 1, 2], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', EMPTIED)
+def test_constants_are_folded(kind, name, tmp_path, fast_compilation):
+  dense = model(kind)
+  cfg, (attention, ffn) = dense.cfg, EMPTIED[name]
+  heads, channels = np.ones((3, cfg.heads), np.float32), np.ones((3, cfg.ffn), np.float32)
+  heads[attention], channels[ffn], heads[:, 0] = 0, 0, 0
+  gates = Gates({HEADS: heads, CHANNELS: channels})
+  kept = lm_workdir.compacted(dense, gates, {})
+  small = lm_workdir.compacted(dense, gates, {}, fold=True)
+  pattern = dict(small.pattern.sites)
+  assert pattern[ATTENTION] == tuple(i not in attention for i in range(3))
+  assert pattern[FFN] == tuple(i not in ffn for i in range(3))
+  assert len(jax.tree.leaves(small.params)) < len(jax.tree.leaves(kept.params))
+  lm_workdir.save(tmp_path / 'own', small)
+  again = lm_workdir.load(tmp_path / 'own')
+
+  net, params = for_inference(cfg, dense.params)
+  ids, mask, at = tokens(), np.ones((B, L), bool), np.array([[5, 6], [3, 6]])
+  call = lambda p, gates: (
+    net.apply({'params': p}, ids, gates=gates),
+    lm_losses.losses(net, p, ids, mask, at, gates),
+  )
+  masked = Gates({k: jnp.asarray(v) for k, v in gates.values.items()})
+  want = tiny_speech.jit(lambda p: call(p, masked))(params)
+  got = tiny_speech.jit(lambda p: call(p, again.fixed()))(again.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+  np.testing.assert_allclose(cached(net, again), want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_that_nothing_takes_stays():
+  cfg = dataclasses.replace(KINDS['llama'], use_bias=True)
+  flat = tiny_speech.random_tree(lm.abstract_params(cfg), seed=2)
+  dense = LmCheckpoint(cfg, traverse_util.unflatten_dict(flat, sep='/'), None, {})
+  heads = np.ones((3, 6), np.float32)
+  heads[:2] = 0
+  small = lm_workdir.compacted(dense, Gates({HEADS: heads}), {}, fold=True)
+  assert dict(small.pattern.sites)[ATTENTION] == (True, False, True)
+  run = lambda m, gates: lm.for_inference(cfg, m.params)[0].apply(
+    {'params': m.params}, tokens(), gates=gates
+  )
+  want = run(dense, Gates({HEADS: jnp.asarray(heads)}))
+  np.testing.assert_allclose(run(small, small.fixed()), want, rtol=1e-5, atol=1e-5)
 
 
 def size(tree):

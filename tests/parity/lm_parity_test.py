@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -18,7 +20,10 @@ from gatedfm.convert import hf, lm_files, tensor_files  # noqa: E402
 from gatedfm.convert.tensor_files import LazyTensor  # noqa: E402
 from gatedfm.execution import lm_workdir  # noqa: E402
 from gatedfm.execution.lm_workdir import LmCheckpoint  # noqa: E402
+from gatedfm.gates import Gates  # noqa: E402
+from gatedfm.models import lm  # noqa: E402
 from gatedfm.models.lm import for_inference  # noqa: E402
+from gatedfm.pruning.allocation import Allocation, allocate  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -83,13 +88,15 @@ def test_and_back(pair):
     np.testing.assert_array_equal(back[name], value)
 
 
-def test_their_files(pair, tmp_path):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_their_files(pair, zipped, tmp_path):
   """Torch's files are read without torch, and ours by theirs."""
   theirs, cfg, params, state = pair
   views = {k: torch.tensor(v).to(torch.bfloat16) for k, v in state.items()}
   views |= {'turned': torch.arange(12.0).reshape(3, 4).T, 'part': torch.arange(9.0)[2:7]}
   views['kept'] = torch.nn.Parameter(torch.ones(2))
-  torch.save(views, tmp_path / 'pytorch_model.bin')
+  path = tmp_path / 'pytorch_model.bin'
+  torch.save(views, path, _use_new_zipfile_serialization=zipped)
   found = tensor_files.in_folder(tmp_path)
   assert set(found) == set(views)
   for name, tensor in views.items():
@@ -103,6 +110,36 @@ def test_their_files(pair, tmp_path):
   everything = np.ones(ids.shape, bool)
   want = theirs_logits(theirs, ids, everything)
   np.testing.assert_allclose(theirs_logits(again.eval(), ids, everything), want, rtol=0, atol=1e-6)
+
+
+PRUNED = {
+  'opt': {'decoder/ffn_channels': 0.3},
+  'llama': {'decoder/ffn_channels': 0.3, 'decoder/attention_heads': 0.4},
+  'llama_gqa': {'decoder/ffn_channels': 0.3, 'decoder/attention_heads': 0.5},
+}
+
+
+@pytest.mark.parametrize('kind', PRUNED)
+def test_pruned_models_in_their_hands(kind, tmp_path):
+  """Channels, heads and a whole layer less."""
+  name, sizes = CASES[kind]
+  cfg = hf.config(getattr(transformers, f'{name}Config')(**sizes).to_dict())
+  rng, shapes = np.random.default_rng(3), lm.abstract_params(cfg)
+  flat = {k: rng.normal(0, 0.2, x.shape).astype(np.float32) for k, x in shapes.items()}
+  dense = LmCheckpoint(cfg, traverse_util.unflatten_dict(flat, sep='/'), None, {})
+  scores = {s.name: rng.random((s.layers, s.units)) for s in cfg.unit_sites()}
+  gates = allocate(scores, PRUNED[kind], cfg, Allocation('uniform', groups=kind == 'llama_gqa'))
+  layers = {s.name: np.array([1.0, 0, 1]) for s in cfg.all_sites()}
+  lm_workdir.save(tmp_path / 'own', lm_workdir.compacted(dense, Gates(gates.values | layers), {}))
+  lm_files.export(tmp_path / 'own', tmp_path / 'exported', 'float32', lambda line: None)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported').eval()
+  ids = tokens(cfg)
+  model, params = for_inference(cfg, dense.params)
+  masked = Gates({k: jnp.asarray(g) for k, g in (gates.values | layers).items()})
+  want = model.apply({'params': params}, ids, gates=masked)
+  got = theirs_logits(theirs, ids, np.ones(ids.shape, bool))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert sum(p.numel() for p in theirs.parameters()) < 0.8 * sum(x.size for x in flat.values())
 
 
 def test_gguf_as_transformers_reads_it(tmp_path):
