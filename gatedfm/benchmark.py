@@ -4,8 +4,9 @@ Example:
   python -m gatedfm.benchmark --suite=encoder --model=6x256 --json=runs/encoder.json
 
 A stack alone, a training step of the encoder, whole utterances with their gates predicted, or a
-stream of mixed utterances. Prints a line per way and pattern; with --json writes all numbers and,
-beside them, a picture of time against the MACs that are kept.
+stream of mixed utterances; language models that are pruned, or scored (--model=smollm2, opt-125m).
+Prints a line per way and pattern; with --json writes all numbers and, beside them, a picture of
+time against the MACs that are kept.
 Programs are compiled anew each time, so that their seconds mean something: minutes for a stream,
 which has 12 of each way (three lengths, four sizes of batches). Goals are for widths from 256 on.
 """
@@ -17,7 +18,10 @@ from absl import flags
 from gatedfm import mains
 
 _SUITE = flags.DEFINE_enum(
-  'suite', 'encoder', ['encoder', 'decoder', 'utterance', 'stream', 'train'], 'What is timed.'
+  'suite',
+  'encoder',
+  ['encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'scoring'],
+  'What is timed.',
 )
 _MODEL = flags.DEFINE_string(
   'model', '6x256', "Layers x width, or one of OWSM's: base, small, medium."
@@ -28,7 +32,12 @@ _SUBSAMPLING = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.')
 _BATCH = flags.DEFINE_integer('batch', 1, 'Utterances at a time.')
 _FRAMES = flags.DEFINE_integer('frames', 100, 'Frames of 40 ms that the stack sees.')
-_TOKENS = flags.DEFINE_integer('tokens', 20, 'That the decoder writes, one by one.')
+_TOKENS = flags.DEFINE_integer(
+  'tokens', None, 'That the decoder writes, one by one (20), or a language model reads (512).'
+)
+_BUDGETS = flags.DEFINE_list(
+  'budgets', ['heads:0.3', 'heads:0.5', 'heads:0.7', 'ffn:0.2'], 'Of language models, one each.'
+)
 _CONTEXTS = flags.DEFINE_integer(
   'contexts', None, 'Gate patterns within the batch (1), or in the stream (8).'
 )
@@ -50,7 +59,11 @@ _READ_BY = {
   'batch': ('encoder', 'decoder', 'utterance', 'train'),
   'frames': ('encoder', 'decoder', 'utterance', 'train'),
   'masks': ('encoder', 'decoder', 'utterance', 'train'),
-  'tokens': ('decoder', 'utterance'),
+  'tokens': ('decoder', 'utterance', 'lm', 'scoring'),
+  'budgets': ('lm',),
+  'pruned': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
+  'dtype': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
+  'contexts': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'against': ('encoder', 'decoder', 'train'),
   'stacks': ('utterance',),
   'subsampling_channels': ('utterance', 'stream'),
@@ -58,51 +71,48 @@ _READ_BY = {
 }
 
 
+def _case():
+  """The module of benchmarks that runs the suite, and what it is to time."""
+  from gatedfm.benchmarks import language, stacks, traffic
+  from gatedfm.convert import lm_files
+
+  suite, rounds, seed = _SUITE.value, _ROUNDS.value, _SEED.value
+  tokens = {} if _TOKENS.value is None else {'tokens': _TOKENS.value}
+  if suite in language.SUITES:
+    model = lm_files.config_of(_MODEL.value if flags.FLAGS['model'].present else 'smollm2')
+    how = {'rounds': rounds, 'seed': seed}
+    return language, language.Case(suite, model, tuple(_BUDGETS.value), **tokens, **how)
+  model = stacks.model(_MODEL.value, _DTYPE.value, subsampling_channels=_SUBSAMPLING.value)
+  shared = {'pruned': stacks.shares(_PRUNED.value), 'rounds': rounds, 'seed': seed}
+  if _CONTEXTS.value is not None:
+    shared['contexts'] = _CONTEXTS.value
+  if suite == 'stream':
+    return traffic, traffic.Traffic(model, _UTTERANCES.value, **shared)
+  shared |= {'masks': _MASKS.value, 'against': _AGAINST.value, 'stacks': tuple(_STACKS.value)}
+  return stacks, stacks.Case(suite, model, _BATCH.value, _FRAMES.value, **tokens, **shared)
+
+
 def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   from gatedfm import atomic, provenance
   from gatedfm.analysis import plots
-  from gatedfm.benchmarks import stacks, traffic
   from gatedfm.models.speech_config import ConfigError
 
   with mains.clear_errors():
     for name, suites in _READ_BY.items():
       if flags.FLAGS[name].present and _SUITE.value not in suites:
         raise ConfigError(f'--{name} is of --suite={"|".join(suites)}: drop it')
-    suite = _SUITE.value
-    model = stacks.model(_MODEL.value, _DTYPE.value, subsampling_channels=_SUBSAMPLING.value)
-    pruned, rounds, seed = stacks.shares(_PRUNED.value), _ROUNDS.value, _SEED.value
-    shared = {'pruned': pruned, 'rounds': rounds, 'seed': seed}
-    if _CONTEXTS.value is not None:
-      shared['contexts'] = _CONTEXTS.value
-    if suite == 'stream':
-      kind, case = traffic, traffic.Traffic(model, _UTTERANCES.value, **shared)
-    else:
-      kind = stacks
-      case = stacks.Case(
-        suite,
-        model,
-        _BATCH.value,
-        _FRAMES.value,
-        _TOKENS.value,
-        masks=_MASKS.value,
-        against=_AGAINST.value,
-        stacks=tuple(_STACKS.value),
-        **shared,
-      )
+    kind, case = _case()
     case.validate()
-    path = mains.folder(_JSON.value) if _JSON.value else None
-    if path and path.suffix != '.json':
-      raise ConfigError(f'--json={path} must end in .json: the picture goes beside it as .png')
-    for target in (path, path.with_suffix('.png')) if path else ():
-      atomic.check(target)
+    path = mains.json_path(_JSON.value, '.png')
     origin = provenance.collect('gatedfm.benchmark')  # of what runs, whatever is edited meanwhile
     rows = kind.run(case, lambda line: print(line, flush=True))
     if path:
       result = origin | {'rows': rows}
       atomic.write_text(path, json.dumps(result, indent=1) + '\n')
-      ways = [row for row in rows if row['way'] != 'predictors']  # whose time is no way's
-      plots.save(plots.time_against_macs(ways), path.with_suffix('.png'))
+      ways = [row for row in rows if 'ratio' in row and row['way'] != 'predictors']
+      if ways:
+        plots.save(plots.time_against_macs(ways), path.with_suffix('.png'))
       print(path)
 
 

@@ -184,6 +184,29 @@ def set_up() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
+def json_path(text: str, beside: str) -> Path | None:
+  """Where numbers go; None where a flag names nothing.
+
+  Args:
+    text: the flag `--json`.
+    beside: suffix of what is written beside them.
+
+  Raises:
+    ConfigError: another suffix. OSError: they cannot be written there.
+  """
+  from gatedfm import atomic
+  from gatedfm.models.speech_config import ConfigError
+
+  if not text:
+    return None
+  path = folder(text)
+  if path.suffix != '.json':
+    raise ConfigError(f'--json={path} must end in .json: a {beside} goes beside it')
+  for target in (path, path.with_suffix(beside)):
+    atomic.check(target)
+  return path
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
   """Prints a foreseen error as one message without a traceback, and exits with 1.

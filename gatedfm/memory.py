@@ -35,9 +35,7 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     cfg, fits = lm_files.config_of(_MODEL.value), []
-    path = mains.folder(_JSON.value) if _JSON.value else None
-    if path and path.suffix != '.json':
-      raise ConfigError(f'--json={path} must end in .json: the tables go beside it as .md')
+    path = mains.json_path(_JSON.value, '.md')
     for case in _CHIPS.value:
       chip, _, number = case.partition(':')
       if not number.isdigit():

@@ -108,7 +108,7 @@ def run(
   if how.repair:
     repaired = dataclasses.replace(dense, params=fitted(dense, gates, how, say))
   history = {'parent': str(checkpoint), 'pruning': dataclasses.asdict(how), **origin}
-  small = lm_workdir.compacted(repaired, gates, history | {'of': dense.origin})
+  small = lm_workdir.compacted(repaired, gates, history | {'of': dense.origin}, fold=True)
   report = history | {'scoring_seconds': seconds, 'closed': _closed(gates.values)}
   models = {'dense': dense, 'pruned': small}
   times = lm_timing.side_by_side(models, how.tokens, how.rounds) if how.rounds else {}

@@ -84,9 +84,8 @@ def collect(
   """
   _, params = for_inference(cfg, params)
   needs = tuple(n for n in NEEDS if n in set(needs))
-  step, loss = _programs(dataclasses.astuple(cfg), needs)
-  sites = (*cfg.all_sites(), *cfg.unit_sites())
-  base = gates_lib.all_open(sites).values | ({} if gates is None else dict(gates.values))
+  step, loss = programs(cfg, needs)
+  base = everything(cfg).values | ({} if gates is None else dict(gates.values))
   remove = _remover(cfg, base, loss, removed) if 'removals' in needs else None
   total, start = None, time.perf_counter()
   batches = list(batches)
@@ -109,9 +108,22 @@ def _loss(model, params, tokens_BxL, mask_BxL, at_BxP, weight_BxP, gates) -> jax
   return jnp.sum(losses(model, params, tokens_BxL, mask_BxL, at_BxP, gates) * weight_BxP / each_B)
 
 
+def everything(cfg: LmConfig) -> Gates:
+  """All gates of the model, open."""
+  return gates_lib.all_open((*cfg.all_sites(), *cfg.unit_sites()))
+
+
+def programs(cfg: LmConfig, needs: Sequence[str]) -> tuple[Callable[..., Any], ...]:
+  """Jitted: `(params, gates, tokens, mask, at, weight) -> Stats` of a batch, and its loss.
+
+  The loss is of `(params, tokens, mask, at, weight, gates)`, which skips what they close. Both are
+  compiled once, whatever is closed already.
+  """
+  return _programs(dataclasses.astuple(cfg), tuple(needs))
+
+
 @functools.cache
 def _programs(cfg: tuple, needs: tuple[str, ...]) -> tuple[Callable[..., Any], ...]:
-  """Statistics of a batch, and its loss; compiled once, whatever is closed already."""
   model, _ = for_inference(LmConfig(*cfg), {})
   skipping, _ = for_inference(LmConfig(*cfg), {}, 'skip')
   return (
