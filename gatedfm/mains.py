@@ -184,12 +184,12 @@ def set_up() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
-def json_path(text: str, beside: str) -> Path | None:
+def json_path(text: str, beside: str = '') -> Path | None:
   """Where numbers go; None where a flag names nothing.
 
   Args:
     text: the flag `--json`.
-    beside: suffix of what is written beside them.
+    beside: suffix of what is written beside them, if anything is.
 
   Raises:
     ConfigError: another suffix. OSError: they cannot be written there.
@@ -201,8 +201,9 @@ def json_path(text: str, beside: str) -> Path | None:
     return None
   path = folder(text)
   if path.suffix != '.json':
-    raise ConfigError(f'--json={path} must end in .json: a {beside} goes beside it')
-  for target in (path, path.with_suffix(beside)):
+    also = f': a {beside} goes beside it' if beside else ''
+    raise ConfigError(f'--json={path} must end in .json{also}')
+  for target in (path, path.with_suffix(beside or path.suffix)):
     atomic.check(target)
   return path
 

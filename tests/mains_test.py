@@ -23,7 +23,7 @@ def run(*arguments, **variables):
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('name', [*MAINS, 'benchmark', 'memory'])
+@pytest.mark.parametrize('name', [*MAINS, 'benchmark', 'memory', 'prune', 'few_shot', 'induction'])
 def test_help_shows_an_example(name):
   result = run(f'gatedfm.{name}', '--help')
   assert result.returncode == 0
