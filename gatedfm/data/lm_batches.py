@@ -13,7 +13,7 @@ import numpy as np
 
 from gatedfm.data.types import DataError
 
-LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def batches(pairs: Sequence[Pair], rows: int, most: int, pad: int = 0) -> Iterat
   shapes = collections.defaultdict(list)
   for number, pair in enumerate(cut):
     targets = 1 << (len(pair.target) - 1).bit_length()
-    shapes[_length(len(pair), most), targets].append(number)
+    shapes[padded_length(len(pair), most), targets].append(number)
   for (length, targets), numbers in sorted(shapes.items(), reverse=True):
     for start in range(0, len(numbers), rows):
       yield _batch(cut, numbers[start : start + rows], rows, length, targets, pad)
@@ -77,7 +77,8 @@ def _cut(pair: Pair, most: int) -> Pair:
   return pair if spare <= 0 else Pair(pair.context[spare:], pair.target)
 
 
-def _length(tokens: int, most: int) -> int:
+def padded_length(tokens: int, most: int) -> int:
+  """The shape, one of few, that so many tokens are padded to; `most` at most."""
   return next((min(n, most) for n in LENGTHS if n >= tokens), most)
 
 
