@@ -130,7 +130,7 @@ def _programs(model: LanguageModel, closed: Gates, how: Training) -> tuple[Calla
   return init, step
 
 
-@plots._styled
+@plots.styled
 def picture(curve: Sequence[dict[str, Any]]) -> figures.Figure:
   """Loss of new and repeated tokens, and each head's prefix matching, by step.
 

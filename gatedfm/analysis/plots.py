@@ -46,7 +46,7 @@ _STYLE = {
 _CLOSED_TO_OPEN = matplotlib.colors.LinearSegmentedColormap.from_list(
   'closed_to_open', [(0, 0.447, 0.698, 0.05), (0, 0.447, 0.698, 1)]
 )
-_styled = matplotlib.rc_context(_STYLE)
+styled = matplotlib.rc_context(_STYLE)
 
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -68,7 +68,7 @@ def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarr
   }
 
 
-@_styled
+@styled
 def learning_curves(runs: Mapping[str, Curves]) -> figures.Figure | None:
   """Loss and sparsity by step, one colour for each run.
 
@@ -114,7 +114,7 @@ def learning_curves(runs: Mapping[str, Curves]) -> figures.Figure | None:
   return figure
 
 
-@_styled
+@styled
 def gate_map(gates: gate_maps.GateMap) -> figures.Figure:
   """A heat map: contexts as rows, by task; modules as columns, by site and layer."""
   contexts, modules = gates.open_CxM.shape
@@ -170,7 +170,7 @@ def gate_map(gates: gate_maps.GateMap) -> figures.Figure:
   return figure
 
 
-@_styled
+@styled
 def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure | None:
   """Mean CER of each point against its measured time, as a share of the first's.
 
@@ -207,7 +207,7 @@ def quality_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Fig
   return figure
 
 
-@_styled
+@styled
 def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure | None:
   """Measured time of each point against its multiply-accumulates, both relative to the first's.
 
@@ -244,7 +244,7 @@ def macs_against_time(points: Mapping[str, Mapping[str, Any]]) -> figures.Figure
   return figure
 
 
-@_styled
+@styled
 def time_against_macs(rows: Sequence[Mapping[str, Any]]) -> figures.Figure:
   """A benchmark's time over dense against the MACs kept, a marker per pattern, by way.
 
@@ -270,32 +270,6 @@ def time_against_macs(rows: Sequence[Mapping[str, Any]]) -> figures.Figure:
   axes.set(xlim=(0, 1.05), xlabel='MACs kept (of dense)', ylabel='time (of dense)')
   axes.set_ylim(bottom=0)
   figure.legend(loc='outside right upper')
-  return figure
-
-
-@_styled
-def importance(scores_NxU: np.ndarray, open_NxU: np.ndarray | None = None) -> figures.Figure:
-  """Scores of units by layer, logarithmic; what is closed is crossed out.
-
-  Args:
-    scores_NxU: of each layer's heads, not negative.
-    open_NxU: gates, 0 or 1; None where nothing is closed.
-  """
-  layers, units = scores_NxU.shape
-  figure = figures.Figure(figsize=(2.2 + 0.3 * units, 1.2 + 0.16 * layers), layout='constrained')
-  axes = figure.add_subplot()
-  positive = scores_NxU[scores_NxU > 0]
-  least = positive.min() if positive.size else 1.0
-  norm = matplotlib.colors.LogNorm(least, max(scores_NxU.max(), least * 1.01))
-  shown = axes.imshow(
-    np.maximum(scores_NxU, least), cmap='viridis', norm=norm, aspect='auto', origin='lower'
-  )
-  if open_NxU is not None:
-    rows, columns = np.nonzero(np.asarray(open_NxU) == 0)
-    axes.plot(columns, rows, 'x', color='white', markersize=4, label='closed')
-  axes.set(xlabel='head', ylabel='layer')
-  axes.grid(False)
-  figure.colorbar(shown, ax=axes, label='score')
   return figure
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gatedfm.data.types import DataError
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def batches(pairs: Sequence[Pair], room: int, most: int, pad: int = 0) -> Iterat
   for targets, numbers in sorted(by_targets.items(), reverse=True):
     numbers.sort(key=lambda number: -len(cut[number]))
     while numbers:
-      length = length_of(len(cut[numbers[0]]), most)
+      length = padded_length(len(cut[numbers[0]]), most)
       rows = max(1, room // length)
       yield _batch(cut, numbers[:rows], rows, length, targets, pad)
       del numbers[:rows]
@@ -80,8 +80,8 @@ def _cut(pair: Pair, most: int) -> Pair:
   return pair if spare <= 0 else Pair(pair.context[spare:], pair.target)
 
 
-def length_of(tokens: int, most: int) -> int:
-  """The least of `LENGTHS` (and `most`) that holds so many."""
+def padded_length(tokens: int, most: int) -> int:
+  """The shape, one of few, that so many tokens are padded to; `most` at most."""
   return next((min(n, most) for n in LENGTHS if n >= tokens), most)
 
 

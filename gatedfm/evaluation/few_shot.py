@@ -171,7 +171,7 @@ class Evaluator:
     same = min(same, min(map(len, contexts)) - 1)
     if same < LEAST or longest > self._most or len(contexts) == 1:
       return encoded, None
-    length = lm_batches.length_of(same, self._most)
+    length = lm_batches.padded_length(same, self._most)
     tokens_1xS, mask_1xS = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
     tokens_1xS[0, length - same :], mask_1xS[0, length - same :] = contexts[0][:same], True
     prefix = self._read(length, self._params, tokens_1xS, mask_1xS, gates)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gatedfm import atomic, provenance
-from gatedfm.analysis import induction, plots
+from gatedfm.analysis import importance_plots, induction, plots
 from gatedfm.analysis.head_scorer import HeadScorer
 from gatedfm.analysis.induction import MEASURES, Induction
 from gatedfm.data import progress
@@ -71,7 +71,7 @@ def run(
     if ranking is not None and mean_NxH.any():
       left = induction.retained(mean_NxH, ranking, FRACTIONS)
       result[measure]['retained'] = {'closed': list(FRACTIONS), 'share': left.tolist()}
-    plots.save(plots.importance(np.maximum(mean_NxH, LEAST)), workdir / f'{measure}.png')
+    plots.save(importance_plots.importance(np.maximum(mean_NxH, LEAST)), workdir / f'{measure}.png')
     say(f'{measure}: {_highest(mean_NxH)}')
   if ranking is not None:
     result['importance'] = str(importance)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gatedfm import atomic, provenance
-from gatedfm.analysis import plots
+from gatedfm.analysis import importance_plots, plots
 from gatedfm.data import lm_batches, questions
 from gatedfm.data.lm_batches import Pair
 from gatedfm.data.types import DataError
@@ -120,7 +120,8 @@ def run(
   report = json.loads(json.dumps(report))
   atomic.write_text(workdir / REPORT, json.dumps(report, indent=1) + '\n')
   if HEADS in scores:
-    plots.save(plots.importance(scores[HEADS], gates.values.get(HEADS)), workdir / 'heads.png')
+    figure = importance_plots.importance(scores[HEADS], gates.values.get(HEADS))
+    plots.save(figure, workdir / 'heads.png')
   for line in describe(report):
     say(line)
   return report
