@@ -10,6 +10,7 @@ import tiny_speech
 from flax import traverse_util
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gatedfm.data import lm_batches
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
 from gatedfm.execution import generation, lm_workdir
@@ -113,7 +114,8 @@ def test_texts_end_each_at_its_own_place():
   # Where all have ended nothing more is computed.
   [alone] = generator.generate(PROMPTS[1:2], MOST)
   assert list(alone.tokens) == want[1][: until[1]]
-  assert int(states[-1].at) == 32 + until[1] + 1
+  width = lm_batches.padded_length(len(PROMPTS[1]), 64)
+  assert int(states[-1].at) == width + until[1] + 1
   assert 1 < until[1] + 1 < MOST
 
 
