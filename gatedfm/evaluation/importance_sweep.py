@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gatedfm import atomic, json_lines, metrics, provenance
+from gatedfm.analysis import importance_report, plots
 from gatedfm.data import lm_batches, questions
 from gatedfm.evaluation import pruning_runs
 from gatedfm.evaluation.few_shot import Evaluator
@@ -150,6 +151,9 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
   summary = summarize(cfg, model, rows, lambda name: gates(name, cfg.seeds[0]))
   summary['seconds'] = time.perf_counter() - sweep_start
   atomic.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + '\n')
+  for name, figure in importance_report.pictures(summary, scores.kept()).items():
+    plots.save(figure, workdir / f'{name}.png')
+  say(f'{importance_report.table(summary)}\nsweep: done; see {workdir}')
   return summary
 
 
@@ -249,6 +253,14 @@ class _Scores:
       score_files.save(path, flat)
     flat = score_files.load(path)
     return {k.split(':')[1]: v for k, v in flat.items() if k.startswith(f'{scorer}:')}
+
+  def kept(self) -> dict[tuple[str, int], Scores]:
+    """What is on disk, by task and number of shots, then by scorer and site."""
+    out: dict[tuple[str, int], Scores] = {}
+    for task, shots in itertools.product(self._cfg.tasks, self._cfg.shots):
+      for path in sorted(self._folder.glob(f'{Path(task).stem}_{shots}*.npz')):
+        out.setdefault((Path(task).stem, shots), {}).update(score_files.load(path))
+    return out
 
   def _score(self, name: str, stats: Any, seed: int = 0) -> Scores:
     return scorers.get(name).score(Calibrated(self._model.cfg, self._model.params, stats, seed))

@@ -80,6 +80,8 @@ def test_the_summary(cfg, result, own):
   paired = metrics.difference_interval(counts['heads50'], counts['dense'])
   assert point['plain_2']['difference'] == pytest.approx(paired.value)
   assert 'calibrated_2' not in point  # own questions have none without content
+  names = {path.stem for path in workdir.glob('*.png')}
+  assert {'perplexity', 'accuracy_plain', 'agreement_heads', 'importance_heads'} <= names
 
 
 def test_it_resumes_where_it_was_killed(cfg, result, tmp_path, monkeypatch):

@@ -1,0 +1,128 @@
+"""A sweep over pruned language models as tables and pictures, from its summary and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import figure as figures
+
+from gatedfm.analysis import agreement, importance_plots
+from gatedfm.analysis.importance_plots import Curve, Panel
+
+HEADS, FFN = 'decoder/attention_heads', 'decoder/ffn'
+DENSE = 'dense'
+
+
+def budget(point: Mapping[str, Any]) -> dict[str, float]:
+  """`heads:0.3,ffn:0.1` of a summary's point as shares by name."""
+  parts = (item.partition(':') for item in point.get('budget', '').split(',') if item)
+  return {name: float(share) for name, _, share in parts}
+
+
+def label(point: Mapping[str, Any]) -> str:
+  """Scorer and protocol."""
+  out = point['scorer']
+  out += f', {point["steps"]} steps' if point['steps'] > 1 else ''
+  return out + (', repaired' if point['repair'] else '')
+
+
+def table(summary: Mapping[str, Any]) -> str:
+  """A row per point: what is left, perplexity, accuracies with their differences from dense."""
+  shots = summary['config']['shots']
+  kinds = [(kind, n) for n in shots for kind in ('plain', 'calibrated')]
+  kinds = [k for k in kinds if f'{k[0]}_{k[1]}' in summary['points'][DENSE]]
+  names = ['point', 'parameters', 'MACs of layers', 'perplexity']
+  names += [f'{kind}, {n} shots' for kind, n in kinds]
+  rows = [names, ['---'] * len(names)]
+  for name, point in summary['points'].items():
+    kept = point.get('kept', {'parameters': 1.0, 'layer_macs': 1.0})
+    row = [name, f'{kept["parameters"]:.2f}', f'{kept["layer_macs"]:.2f}']
+    row.append(f'{point["perplexity"]:.1f}' if 'perplexity' in point else '')
+    rows.append(row + [_accuracy(point.get(f'{kind}_{n}')) for kind, n in kinds])
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+  if found is None:
+    return ''
+  text = f'{100 * found["accuracy"]["mean"]:.1f}'
+  if found.get('difference'):
+    low, high = (100 * x for x in found['difference_interval'])
+    text += f' ({100 * found["difference"]:+.1f}: {low:+.1f} to {high:+.1f})'
+  return text
+
+
+def pictures(
+  summary: Mapping[str, Any], scores: Mapping[tuple[str, int], Mapping[str, np.ndarray]]
+) -> dict[str, figures.Figure]:
+  """By name of their file.
+
+  Args:
+    summary: of `importance_sweep.run`.
+    scores: by task and number of shots, then by `scorer:site`; what is missing is not drawn.
+  """
+  out = {}
+  for name, key in (('perplexity', None), ('accuracy_plain', 'plain'),
+                    ('accuracy_calibrated', 'calibrated')):  # fmt: skip
+    panels = _panels(summary, key)
+    if panels:
+      out[name] = importance_plots.quality_curves(panels, name.split('_')[0])
+  if grid := _grid(summary):
+    out['joint_grid'] = importance_plots.joint_grid(*grid, quality='perplexity')
+  for site, name in ((HEADS, 'heads'), (FFN, 'ffn')):
+    mine = {
+      f'{task}, {shots}': found[f'taylor:{site}']
+      for (task, shots), found in scores.items()
+      if f'taylor:{site}' in found
+    }
+    if len(mine) > 1:
+      matrix = agreement.matrix(mine, agreement.spearman)
+      out[f'agreement_{name}'] = importance_plots.agreement(matrix, list(mine), "Spearman's rho")
+    if mine:
+      mean = np.mean(list(mine.values()), 0)
+      draw = importance_plots.importance if site == HEADS else importance_plots.ffn_importance
+      out[f'importance_{name}'] = draw(mean)
+  return out
+
+
+def _panels(summary: Mapping[str, Any], kind: str | None) -> dict[tuple[str, str], Panel]:
+  """Of perplexity (None), or of that kind of accuracy by number of shots."""
+  out = {}
+  for site in ('heads', 'ffn'):
+    for shots in summary['config']['shots'] if kind else ('',):
+      field = f'{kind}_{shots}' if kind else 'perplexity'
+      curves: dict[str, list] = {}
+      for point in list(summary['points'].values())[1:]:
+        if list(budget(point)) == [site] and field in point:
+          curves.setdefault(label(point), []).append((budget(point)[site], point[field]))
+      dense = summary['points'][DENSE].get(field)
+      if curves and dense is not None:
+        title = f'{shots} shots' if kind else ''
+        lines = {name: _curve(sorted(found, key=lambda f: f[0])) for name, found in curves.items()}
+        out[site, title] = Panel(lines, dense['accuracy']['mean'] if kind else dense)
+  return out
+
+
+def _curve(found: Sequence[tuple[float, Any]]) -> Curve:
+  shares = np.array([share for share, _ in found])
+  if not isinstance(found[0][1], Mapping):
+    return Curve(shares, np.array([value for _, value in found]))
+  bounds = np.array([value['interval'] for _, value in found])
+  mean = np.array([value['accuracy']['mean'] for _, value in found])
+  return Curve(shares, mean, bounds[:, 0], bounds[:, 1])
+
+
+def _grid(summary: Mapping[str, Any]) -> tuple[np.ndarray, list[float], list[float]] | None:
+  """Perplexity where heads and FFNs of one scorer, scored once, are closed together."""
+  cells = {(0.0, 0.0): summary['points'][DENSE].get('perplexity', np.nan)}
+  for point in list(summary['points'].values())[1:]:
+    shares = budget(point)
+    if 'perplexity' in point and label(point) == 'taylor' and set(shares) <= {'heads', 'ffn'}:
+      cells[shares.get('heads', 0.0), shares.get('ffn', 0.0)] = point['perplexity']
+  both = [key for key in cells if all(key)]
+  if not both:
+    return None
+  heads, ffns = ([0.0, *sorted({key[i] for key in both})] for i in (0, 1))
+  return np.array([[cells.get((h, f), np.nan) for f in ffns] for h in heads]), heads, ffns

@@ -1,0 +1,68 @@
+"""Tables and pictures say what the summary says."""
+
+import numpy as np
+import pytest
+
+from gatedfm.analysis import importance_report
+
+
+def accuracy(mean):
+  return {
+    'accuracy': {'mean': mean},
+    'interval': [mean - 0.1, mean + 0.1],
+    'difference': mean - 0.8,
+    'difference_interval': [mean - 0.9, mean - 0.7],
+  }
+
+
+def point(scorer, budget, perplexity, mean=0.5, steps=1, repair=False):
+  about = {'scorer': scorer, 'budget': budget, 'steps': steps, 'repair': repair}
+  kept = {'parameters': 0.9, 'layer_macs': 0.8}
+  return about | {'perplexity': perplexity, 'kept': kept, 'plain_0': accuracy(mean)}
+
+
+@pytest.fixture
+def summary():
+  points = {
+    'dense': {'perplexity': 10.0, 'plain_0': accuracy(0.8)},
+    'h50': point('taylor', 'heads:0.5', 30.0, 0.6),
+    'h10': point('taylor', 'heads:0.1', 12.0, 0.7),
+    'f10': point('taylor', 'ffn:0.1', 14.0),
+    'both': point('taylor', 'heads:0.5,ffn:0.1', 50.0),
+    'random': point('random', 'heads:0.5', 90.0),
+    'repaired': point('taylor', 'heads:0.5', 20.0, repair=True),
+  }
+  return {'config': {'shots': [0]}, 'points': points}
+
+
+def test_the_table(summary):
+  rows = importance_report.table(summary).splitlines()
+  assert rows[0] == '| point | parameters | MACs of layers | perplexity | plain, 0 shots |'
+  assert rows[2] == '| dense | 1.00 | 1.00 | 10.0 | 80.0 |'
+  assert rows[3] == '| h50 | 0.90 | 0.80 | 30.0 | 60.0 (-20.0: -30.0 to -10.0) |'
+  assert len(rows) == 2 + len(summary['points'])
+
+
+def test_the_pictures(summary):
+  rng = np.random.default_rng(0)
+  scores = {
+    (task, 0): {
+      'taylor:decoder/attention_heads': rng.random((3, 4)),
+      'taylor:decoder/ffn': rng.random(3),
+    }
+    for task in ('a', 'b')
+  }
+  drawn = importance_report.pictures(summary, scores)
+  assert set(drawn) == {
+    'perplexity', 'accuracy_plain', 'joint_grid', 'agreement_heads', 'agreement_ffn',
+    'importance_heads', 'importance_ffn',
+  }  # fmt: skip
+  heads = drawn['perplexity'].axes[0]
+  lines = {line.get_label(): line.get_data() for line in heads.lines}
+  np.testing.assert_allclose(lines['taylor'], [[10, 50], [12, 30]])
+  np.testing.assert_allclose(lines['taylor, repaired'], [[50], [20]])
+  assert lines['dense'][1][0] == 10
+  cells = drawn['joint_grid'].axes[0].images[0].get_array()
+  np.testing.assert_allclose(np.ma.filled(cells, np.nan), [[10, 14], [30, 50]])
+  without = importance_report.pictures(summary, {})
+  assert set(without) == {'perplexity', 'accuracy_plain', 'joint_grid'}
