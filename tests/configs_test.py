@@ -1,10 +1,11 @@
-"""Every configuration file gives something that can be trained."""
+"""Every configuration file gives something that can be run."""
 
 import importlib.util
 import pathlib
 
 import pytest
 
+from gatedfm.evaluation.importance_sweep import ImportanceConfig
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import TrainConfig
@@ -31,7 +32,7 @@ def test_there_are_configurations():
   assert {'tiny', 'quickstart', 'full', 'base'} <= {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FILES, ids=lambda path: f'{path.parent.stem}-{path.stem}')
 def test_configuration(path, monkeypatch):
   module = load(path, monkeypatch)
   assert module.__doc__
@@ -45,6 +46,8 @@ def test_configuration(path, monkeypatch):
       assert point.init_from or not point.model.gates.enabled, name
     points = list(cfg.points.values())
     assert len({id(p.model) for p in points}) == len(points)
+  elif isinstance(cfg, ImportanceConfig):
+    cfg.validate()
   else:
     check(cfg)
 

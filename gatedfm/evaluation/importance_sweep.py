@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.pruning import allocation, calibration, score_files, scorers
 from gatedfm.pruning.scorers import Calibrated, Scores
+from gatedfm.trainers import checkpoints, log
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers import log
 from gatedfm.trainers.log import say
 from gatedfm.trainers.workdirs import WorkdirError
 
@@ -64,7 +65,7 @@ class ImportanceConfig:
     checkpoint: folder of a language model, or `smollm2`, which is then imported into the workdir.
     tasks: sets of StaICC, or files; scored on their training split, asked on `split`.
     shots: answered questions in front of each, the same for all questions of a seed.
-    seeds: of questions and shots; random scores are drawn anew for each.
+    seeds: of questions and shots; random scores are drawn anew for each, but where there is repair.
     questions: per task, number of shots and seed.
     examples: of each task and number of shots, that scores are taken on; removals: of the oracle.
     aggregation: of their scores, see `scorers.aggregate`.
@@ -80,7 +81,7 @@ class ImportanceConfig:
   split: str = 'test'
   questions: int = 70
   examples: int = 64
-  removals: int = 16
+  removals: int = 8
   aggregation: str = 'mean'
   text: str = 'agnews'
   text_tokens: int = 4096
@@ -126,8 +127,12 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
   gates = functools.lru_cache(maxsize=None)(
     lambda name, seed: _gates(cfg, model, scores, name, seed)
   )
-  # Repaired parameters are kept, as large as the model for each such point.
-  repaired = functools.cache(functools.partial(_repaired, cfg, model, evaluator, gates))
+  # As large as the model for each such point, in memory and on disk.
+  repaired = functools.cache(
+    lambda name: evaluator.having(
+      _repaired(cfg, model, name, gates(name, cfg.seeds[0]), workdir / 'repaired' / name)
+    )
+  )
   told = start = time.perf_counter()
   for i, (name, what, shots, seed) in enumerate(todo):
     closed = None if name == DENSE else gates(name, _seed_of(cfg, name, seed))
@@ -200,7 +205,8 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
 
 
 def _seed_of(cfg: ImportanceConfig, name: str, seed: int) -> int:
-  return seed if cfg.points[name].scorer == 'random' else cfg.seeds[0]
+  point = cfg.points[name]
+  return seed if point.scorer == 'random' and not point.repair else cfg.seeds[0]
 
 
 def _bits(correct: np.ndarray) -> str:
@@ -291,12 +297,15 @@ def _gates(
 
 
 def _repaired(
-  cfg: ImportanceConfig, model: LmCheckpoint, evaluator: Evaluator, gates: Any, name: str
-) -> Evaluator:
-  how = Pruning('taylor', '', cfg.tasks, cfg.examples, seed=cfg.seeds[0])
-  closed = gates(name, _seed_of(cfg, name, cfg.seeds[0]))
-  tell = lambda line: say(f'{name}: {line}')
-  return evaluator.having(pruning_runs.fitted(model, closed, how, tell))
+  cfg: ImportanceConfig, model: LmCheckpoint, name: str, closed: Gates, folder: Path
+) -> dict[str, Any]:
+  """Parameters fitted to those gates; kept in a workdir of a model of its own."""
+  if not (folder / checkpoints.CONFIG).exists():
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left unfinished
+    how = Pruning('taylor', '', cfg.tasks, cfg.examples, seed=cfg.seeds[0])
+    params = pruning_runs.fitted(model, closed, how, lambda line: say(f'{name}: {line}'))
+    lm_workdir.save(folder, dataclasses.replace(model, params=params))
+  return lm_workdir.load(folder).params
 
 
 def summarize(
