@@ -59,19 +59,42 @@ def losses(
       `[B, C]`.
     prefix: what stands in front of all rows.
   """
+  if choices_BxC is not None:
+    at_BxP = at_BxP[:, :1]
+  log_BxPxV = _log_probabilities(model, params, tokens_BxL, mask_BxL, at_BxP, gates, prefix)
+  if choices_BxC is not None:
+    return -jnp.take_along_axis(log_BxPxV[:, 0], choices_BxC, 1)
+  return -_of_targets(log_BxPxV, tokens_BxL, at_BxP)
+
+
+def losses_and_hits(
+  model: LanguageModel,
+  params: Any,
+  tokens_BxL: jax.Array,
+  mask_BxL: jax.Array,
+  at_BxP: jax.Array,
+  gates: Gates | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`losses` of the targets, and whether each is the likeliest token of all, `[B, P]` both."""
+  log_BxPxV = _log_probabilities(model, params, tokens_BxL, mask_BxL, at_BxP, gates, None)
+  target_BxP = jnp.take_along_axis(tokens_BxL, at_BxP, 1)
+  return -_of_targets(log_BxPxV, tokens_BxL, at_BxP), jnp.argmax(log_BxPxV, -1) == target_BxP
+
+
+def _log_probabilities(model, params, tokens_BxL, mask_BxL, at_BxP, gates, prefix) -> jax.Array:
+  """Of all tokens in the targets' places, `[B, P, V]`."""
   call = lambda *args, **kwargs: model.apply({'params': params}, *args, **kwargs)
   if prefix is None:
     x_BxLxD = call(tokens_BxL, mask_BxL, gates, method='hidden')
   else:
     x_BxLxD, _ = call(tokens_BxL, *_behind(prefix, mask_BxL), gates, method='step')
-  if choices_BxC is not None:
-    at_BxP = at_BxP[:, :1]
   x_BxPxD = jnp.take_along_axis(x_BxLxD, (at_BxP - 1)[..., None], 1)
-  log_BxPxV = jax.nn.log_softmax(call(x_BxPxD, method='logits'))
-  if choices_BxC is not None:
-    return -jnp.take_along_axis(log_BxPxV[:, 0], choices_BxC, 1)
+  return jax.nn.log_softmax(call(x_BxPxD, method='logits'))
+
+
+def _of_targets(log_BxPxV: jax.Array, tokens_BxL: jax.Array, at_BxP: jax.Array) -> jax.Array:
   target_BxP = jnp.take_along_axis(tokens_BxL, at_BxP, 1)
-  return -jnp.take_along_axis(log_BxPxV, target_BxP[..., None], 2)[..., 0]
+  return jnp.take_along_axis(log_BxPxV, target_BxP[..., None], 2)[..., 0]
 
 
 def _behind(prefix: Prefix, mask_BxL: jax.Array) -> tuple[int, list[KeyValue], jax.Array]:
