@@ -31,6 +31,7 @@ from gatedfm.gates import Gates
 from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.pruning import allocation, calibration, score_files, scorers
+from gatedfm.pruning.calibration import ATTENTION, FFN, LAYER
 from gatedfm.pruning.scorers import Calibrated, Scores
 from gatedfm.trainers import checkpoints, log
 from gatedfm.trainers import config as config_lib
@@ -248,7 +249,9 @@ class _Scores:
   def of(self, scorer: str, task: str, shots: int, closed: Gates | None = None) -> Scores:
     """Of one task."""
     needs = scorers.get(scorer).needs
-    path = self._folder / f'{"_".join((Path(task).stem, str(shots), *needs))}.npz'
+    removed = (site.split('/')[-1] for site in self._removed(needs))
+    parts = (Path(task).stem, str(shots), *needs, *removed)
+    path = self._folder / f'{"_".join(parts)}.npz'
     if closed is not None or not path.exists():
       stats = self._collect(task, shots, needs, closed)
       known = [n for n, s in scorers.SCORERS.items() if s.needs == needs]
@@ -280,7 +283,17 @@ class _Scores:
     pairs = pruning_runs.texts(task, model, how)
     batches = lm_batches.batches(pairs, cfg.room, how.tokens, max(model.cfg.pad, 0))
     tell = lambda line: say(f'{task}, {shots} shots, {"/".join(needs)}: {line}')
-    return calibration.collect(model.cfg, model.params, batches, needs, tell, closed)
+    return calibration.collect(
+      model.cfg, model.params, batches, needs, tell, closed, self._removed(needs)
+    )
+
+  def _removed(self, needs: Sequence[str]) -> list[str]:
+    """What the oracle is asked about: each is a pass per layer."""
+    if 'removals' not in needs:
+      return []
+    mine = [p for p in self._cfg.points.values() if scorers.get(p.scorer).needs == needs]
+    asked = {site for p in mine for site in allocation.parse_budget(p.budget)}
+    return sorted(asked & {ATTENTION, FFN, LAYER})
 
 
 def _gates(
