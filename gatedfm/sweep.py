@@ -28,6 +28,13 @@ def _refuse_hosts() -> None:
   )
 
 
+def _refuse_only() -> None:
+  """Raises ConfigError: nothing is trained there."""
+  from gatedfm.models.speech_config import ConfigError
+
+  raise ConfigError('--only trains a point of a speech model; leave it out: this sweep resumes')
+
+
 def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   if mains.several_hosts() and not _ONLY.value:
@@ -39,6 +46,8 @@ def main(argv: list[str]) -> None:
   with mains.clear_errors():
     workdir = mains.folder(_WORKDIR.value)
     if isinstance(mains.loaded(_CONFIG.value), importance_sweep.ImportanceConfig):
+      if _ONLY.value:
+        _refuse_only()
       importance_sweep.run(_CONFIG.value, workdir)
     elif _ONLY.value:
       sweep.train_point(mains.loaded(_CONFIG.value), workdir, _ONLY.value)

@@ -155,7 +155,7 @@ TRANSCRIBE = ('transcribe', '--checkpoint=nothing', 'a.wav')
   ('arguments', 'message'),
   [
     ((*TRANSCRIBE, '--task=sing'), 'is not asr, lid or st:LANGUAGE'),
-    ((*TRANSCRIBE, '--task=asr'), 'nothing does not exist; give the workdir of a training run'),
+    ((*TRANSCRIBE, '--task=asr'), 'nothing does not exist; give the workdir of a speech model'),
     (('train', f'--config={CONFIGS}/tiny.py', '--workdir=README.md'), "File exists: 'README.md'"),
     (('data.europarl_st', '--root=nowhere', '--out=b'), 'no de/TARGET of en, de, fr, it below'),
     (('data.fleurs', '--root=nowhere', '--out=b', '--languages=fr_fr'), 'corpus unpacked whole?'),

@@ -24,7 +24,6 @@ from gatedfm.models.lm_config import LmConfig
 from gatedfm.nn.layers import Compacted
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.workdirs import WorkdirError
 
 TOKENIZER = 'tokenizer.json'
@@ -145,11 +144,7 @@ def load(workdir: Path | str, mesh: Any = None) -> LmCheckpoint:
     CheckpointError: no language model there, or parameters that are not its configuration's.
   """
   workdir = Path(workdir)
-  about = checkpoints.load_config(workdir)
-  if 'language_model' not in about:
-    raise CheckpointError(
-      f'{workdir} is not a language model: give a folder that gatedfm.import_checkpoint wrote'
-    )
+  about = checkpoints.load_config(workdir, 'language')
   cfg = config_lib.from_dict(LmConfig, about['language_model'])
   kept = about.get('kept')
   cut = None if kept is None else Gates({name: _gates(bits) for name, bits in kept.items()})

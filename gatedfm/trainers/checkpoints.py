@@ -17,6 +17,8 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 FOLDER = 'checkpoints'
+# Kinds of models, and what only their configurations have.
+KINDS = {'speech': 'model', 'language': 'language_model'}
 CONFIG = 'config.json'
 
 
@@ -171,17 +173,28 @@ def runs_in(folder: Path) -> list[Path]:
   return sorted(path.parent for path in folder.glob(f'*/{CONFIG}'))
 
 
-def load_config(workdir: Path) -> dict[str, Any]:
-  """The configuration that a workdir was trained with, as plain data.
+def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
+  """The configuration of a workdir's model, as plain data.
+
+  Args:
+    workdir: of a training run, or of a language model.
+    kind: of `KINDS`, what it must be.
 
   Raises:
-    CheckpointError: there is none, or no such folder, or it is one of runs, which are named.
+    CheckpointError: there is none, or of another kind, or no such folder, or it is one of runs,
+      which are named.
   """
   path = workdir / CONFIG
   if path.exists():
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
+    if KINDS[kind] not in config:
+      raise CheckpointError(
+        f'{workdir} does not hold a {kind} model: give the workdir of a training run to the '
+        'commands of speech, a folder of gatedfm.import_checkpoint or prune to those of language'
+      )
+    return config
   if not workdir.exists():
-    raise CheckpointError(f'{workdir} does not exist; give the workdir of a training run')
+    raise CheckpointError(f'{workdir} does not exist; give the workdir of a {kind} model')
   if runs := runs_in(workdir):
     raise CheckpointError(f'{workdir} holds several runs; give one of {", ".join(map(str, runs))}')
-  raise CheckpointError(f'{workdir} has no {CONFIG}; give the workdir of a training run')
+  raise CheckpointError(f'{workdir} has no {CONFIG}; give the workdir of a {kind} model')

@@ -251,7 +251,7 @@ def test_refusals(saved, tmp_path):
   run = tmp_path / 'run'
   run.mkdir()
   (run / 'config.json').write_text('{"steps": 3}')
-  with pytest.raises(CheckpointError, match='is not a language model'):
+  with pytest.raises(CheckpointError, match='does not hold a language model'):
     lm_workdir.load(run)
   other = tmp_path / 'other'
   other.mkdir()

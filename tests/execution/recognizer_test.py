@@ -297,7 +297,7 @@ def test_loading_a_run(gated_run, tmp_path):
   ).sparsity.target
   assert auto.mixes == (target < 0.1)
   assert said == [str(choose('cpu', 1, 0, target))]
-  with pytest.raises(ValueError, match='has no config.json; give the workdir of a training run'):
+  with pytest.raises(ValueError, match='has no config.json; give the workdir of a speech model'):
     Recognizer.load(tmp_path)
 
 

@@ -101,8 +101,13 @@ def test_not_a_workdir(tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(CheckpointError, match='no complete checkpoint'):
     checkpoints.load_params(tmp_path)
-  (tmp_path / 'config.json').write_text(json.dumps({'steps': 3}))
-  assert checkpoints.load_config(tmp_path) == {'steps': 3}
+  (tmp_path / 'config.json').write_text(json.dumps({'model': {}, 'steps': 3}))
+  assert checkpoints.load_config(tmp_path) == {'model': {}, 'steps': 3}
+  with pytest.raises(CheckpointError, match='does not hold a language model'):
+    checkpoints.load_config(tmp_path, 'language')
+  (tmp_path / 'config.json').write_text(json.dumps({'language_model': {}}))
+  with pytest.raises(CheckpointError, match='does not hold a speech model'):
+    checkpoints.load_config(tmp_path)
 
 
 def test_a_folder_of_runs_names_them(tmp_path):
