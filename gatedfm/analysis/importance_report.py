@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +54,40 @@ def _accuracy(found: Mapping[str, Any] | None) -> str:
     low, high = (100 * x for x in found['difference_interval'])
     text += f' ({100 * found["difference"]:+.1f}: {low:+.1f} to {high:+.1f})'
   return text
+
+
+def rankings(
+  scores: Mapping[tuple[str, int], Mapping[str, np.ndarray]], scorer: str = 'taylor'
+) -> dict[str, Any]:
+  """How alike tasks, and numbers of shots, rank heads and FFNs, by every measure.
+
+  Args:
+    scores: by task and number of shots, then by `scorer:site`.
+    scorer: whose.
+
+  Returns: by `heads` and `ffn`, then by measure: `tasks`, the mean over pairs of tasks at the same
+    number of shots, and `shots`, mean and variance over tasks by pair of numbers.
+  """
+  out = {}
+  for site, name in ((HEADS, 'heads'), (FFN, 'ffn')):
+    mine = {key: s[f'{scorer}:{site}'] for key, s in scores.items() if f'{scorer}:{site}' in s}
+    found = {}
+    for measure, of in agreement.MEASURES.items():
+      pairs = [
+        of(mine[a], mine[b])
+        for a, b in itertools.combinations(mine, 2)
+        if a[0] != b[0] and a[1] == b[1]
+      ]
+      shots = agreement.across_shots(mine, of).items()
+      if pairs or shots:
+        found[measure] = {
+          'tasks': float(np.mean(pairs)) if pairs else None,
+          'pairs': len(pairs),
+          'shots': {f'{a} and {b}': dataclasses.asdict(across) for (a, b), across in shots},
+        }
+    if found:
+      out[name] = found
+  return out
 
 
 def pictures(

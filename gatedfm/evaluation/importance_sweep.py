@@ -155,6 +155,7 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
       left = (told - start) / (i + 1) * (len(todo) - i - 1)
       say(f'sweep: {i + 1} of {len(todo)}: {name}, {what}; {log.duration(left)} left')
   summary = summarize(cfg, model, rows, lambda name: gates(name, cfg.seeds[0]))
+  summary['rankings'] = importance_report.rankings(scores.kept())
   summary['seconds'] = time.perf_counter() - sweep_start
   atomic.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + '\n')
   for name, figure in importance_report.pictures(summary, scores.kept()).items():

@@ -66,3 +66,19 @@ def test_the_pictures(summary):
   np.testing.assert_allclose(np.ma.filled(cells, np.nan), [[10, 14], [30, 50]])
   without = importance_report.pictures(summary, {})
   assert set(without) == {'perplexity', 'accuracy_plain', 'joint_grid'}
+
+
+def test_rankings():
+  """Two tasks that agree without shots, and that four shots turn around."""
+  up, down = np.arange(12.0).reshape(3, 4), -np.arange(12.0).reshape(3, 4)
+  of = lambda x: {'taylor:decoder/attention_heads': x, 'fisher:decoder/attention_heads': up}
+  scores = {('a', 0): of(up), ('b', 0): of(up + 1), ('a', 4): of(down), ('b', 4): of(down)}
+  found = importance_report.rankings(scores)
+  assert set(found) == {'heads'}
+  spearman = found['heads']['spearman']
+  assert spearman['tasks'] == pytest.approx(1)
+  assert spearman['pairs'] == 2
+  assert spearman['shots'] == {'0 and 4': {'mean': pytest.approx(-1), 'variance': 0, 'tasks': 2}}
+  assert found['heads']['top_overlap']['shots']['0 and 4']['mean'] == 0
+  again = importance_report.rankings(scores, 'fisher')
+  assert again['heads']['spearman']['shots']['0 and 4']['mean'] == pytest.approx(1)
