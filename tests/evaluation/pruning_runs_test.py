@@ -37,7 +37,8 @@ def test_a_run(checkpoint, own, tmp_path, fast_compilation):
   assert pruned['kv_bytes'] <= dense['kv_bytes']
   assert dense['prefill_ratio']['median'] == 1
   assert pruned['token']['median'] > 0
-  assert (tmp_path / 'new' / 'heads.png').stat().st_size > 1000
+  for name in ('heads', 'ffn'):
+    assert (tmp_path / 'new' / f'{name}.png').stat().st_size > 1000
   scores = np.load(tmp_path / 'new' / 'scores.npz')
   assert scores['decoder.attention_heads'].shape == (2, 4)
   small = lm_workdir.load(tmp_path / 'new')

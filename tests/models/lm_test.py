@@ -159,6 +159,22 @@ def test_cached_steps_are_whole_forward_passes(built, execution, padded):
   np.testing.assert_allclose(np.asarray(got)[mask], want[mask], rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16(built):
+  """Parameters and products of half the width: the same logits, as far as its digits go."""
+  cfg, params = built
+  want = run(*for_inference(cfg, params), tokens())
+  halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  model, own = for_inference(dataclasses.replace(cfg, dtype='bfloat16'), halved)
+  got = run(model, own, tokens())
+  assert got.dtype == np.float32
+  assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+  start = model.apply({'params': own}, B, L, method='start')
+  args = tokens(), 0, start, np.ones((B, L), bool)
+  step = tiny_speech.jit(lambda p: model.apply({'params': p}, *args, method='step'))
+  cached = model.apply({'params': own}, step(own)[0], method='logits')
+  np.testing.assert_allclose(cached, got, atol=0.02 * np.abs(want).max())
+
+
 def test_later_tokens_are_not_seen(built):
   cfg, params = built
   model, own = for_inference(cfg, params)
