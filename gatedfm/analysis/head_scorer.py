@@ -46,7 +46,7 @@ class HeadScorer:
       scan_layers=False,
     )
     self._tokens = induction.choose_tokens(cfg, self.how, order)
-    self._start = int(cfg.bos >= 0)
+    self._start = len(cfg.start)
     self._layer = LmLayer(self.cfg)
     self._programs = {
       'prefix_matching': jax.jit(self._prefix_matching, static_argnames='fixed'),
@@ -96,7 +96,7 @@ class HeadScorer:
     self, measure: str, model: LanguageModel, params: Any, gates: list, text: np.ndarray, length
   ) -> np.ndarray:
     """Scores `[N, H]` on one text; layer by layer, which all share a program."""
-    text = np.concatenate([[self.cfg.bos] * self._start, text]).astype(np.int32)
+    text = np.concatenate([self.cfg.start, text]).astype(np.int32)
     room = -(-len(text) // self.how.multiple) * self.how.multiple
     text = np.pad(text, (0, min(room, self.cfg.max_tokens) - len(text)))
     decoder = params[STACK]

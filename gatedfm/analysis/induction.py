@@ -97,7 +97,7 @@ def choose_tokens(cfg: LmConfig, how: Induction, order: Sequence[int] | None = N
   out = ranked[ends : len(ranked) - ends]
   if len(out) < longest:
     raise ConfigError(f'{len(out)} tokens to draw {longest} from: score fewer or shorter sequences')
-  if (text := longest + (cfg.bos >= 0)) > cfg.max_tokens:
+  if (text := longest + len(cfg.start)) > cfg.max_tokens:
     raise ConfigError(
       f'{text} tokens; the model has positions for {cfg.max_tokens}: score fewer or shorter '
       'sequences'

@@ -10,7 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from gatedfm.convert.tensor_files import LazyTensor
 from gatedfm.data.types import DataError
@@ -121,6 +121,11 @@ class GgufFile:
     out.pre_tokenizer, out.decoder = pre_tokenizers.Sequence(cuts), decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, of('token_type')) if kind == _CONTROL]
     out.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    if self._field('tokenizer.ggml.add_bos_token', False):
+      bos = tokens[of('bos_token_id')]
+      out.post_processor = processors.TemplateProcessing(
+        single=f'{bos} $A', special_tokens=[(bos, of('bos_token_id'))]
+      )
     return out
 
 

@@ -68,6 +68,8 @@ def bring(
     theirs, tensors = file.config(), file.tensors()
     tokenizer = LmTokenizer(file.tokenizer())
   cfg = dataclasses.replace(hf.config(theirs), dtype=products)
+  if tokenizer is not None:
+    cfg = dataclasses.replace(cfg, add_bos=tokenizer.begins_with(cfg.bos))
   _check_tokenizer(tokenizer, cfg, path)
   start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype], mesh)
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}

@@ -1,4 +1,4 @@
-"""Tokenizers of language models: byte-level BPE in the format of Hugging Face's `tokenizers`."""
+"""Tokenizers of language models, in the format of Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from gatedfm import atomic
 from gatedfm.data.types import DataError
@@ -17,6 +17,10 @@ class LmTokenizer:
 
   def __init__(self, tokenizer: Tokenizer):
     self._tokenizer = tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Some tokenizers put a space before a text, and take it from it again.
+    self._other = self.encode('a')
 
   @classmethod
   def load(cls, path: Path) -> LmTokenizer:
@@ -42,6 +46,10 @@ class LmTokenizer:
       raise DataError(f'{folder}: vocab.json and merges.txt are no tokenizer: {e}') from None
     out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     out.decoder = decoders.ByteLevel()
+    if bos := _begins(folder / 'tokenizer_config.json'):
+      out.post_processor = processors.TemplateProcessing(
+        single=f'{bos} $A', special_tokens=[(bos, out.token_to_id(bos))]
+      )
     return cls(out)
 
   def save(self, path: Path) -> None:
@@ -53,13 +61,21 @@ class LmTokenizer:
     """Tokens that there are."""
     return self._tokenizer.get_vocab_size()
 
-  def encode(self, text: str) -> list[int]:
-    """Tokens of a text."""
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+  def begins_with(self, token: int) -> bool:
+    """Whether those who made it put this token before a text."""
+    return self._tokenizer.encode('a').ids[:1] == [token]
 
-  def decode(self, tokens: Sequence[int]) -> str:
-    """The text of tokens, without control tokens."""
-    return self._tokenizer.decode(list(tokens))
+  def encode(self, text: str, follows: bool = False) -> list[int]:
+    """Tokens of a text; of one that `follows` another and begins with a space, as they are then."""
+    tokens = lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids
+    return tokens(f'a{text}')[len(self._other) :] if follows else tokens(text)
+
+  def decode(self, tokens: Sequence[int], follows: bool = False) -> str:
+    """The text of tokens, without control tokens; of such that `follow` others with its space."""
+    text = lambda tokens: self._tokenizer.decode(list(tokens))
+    if not follows:
+      return text(tokens)
+    return text([*self._other, *tokens])[len(text(self._other)) :]
 
   def merge_order(self) -> list[int]:
     """Ordinary tokens: those that no merge makes by number, then as BPE merges them.
@@ -74,3 +90,13 @@ class LmTokenizer:
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=False).items()
     ordered = sorted((rank.get(text, -1), i) for text, i in vocabulary if i not in added)
     return [i for _, i in ordered]
+
+
+def _begins(path: Path) -> str:
+  """The token that such a file puts before texts; empty where it has none or is not there."""
+  try:
+    about = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+  except ValueError as e:
+    raise DataError(f'{path} is damaged: {e}') from None
+  token = about.get('bos_token') if about.get('add_bos_token') else None
+  return token.get('content', '') if isinstance(token, dict) else token or ''

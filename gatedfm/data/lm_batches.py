@@ -106,15 +106,15 @@ def _batch(pairs, numbers, rows, length, targets, pad) -> LmBatch:
   return out
 
 
-def windows(tokens: Sequence[int], length: int, bos: int) -> list[Pair]:
-  """A long text cut into windows of `length`, each behind a beginning of text: for perplexity."""
+def windows(tokens: Sequence[int], length: int, start: tuple[int, ...]) -> list[Pair]:
+  """A long text cut into windows of `length`, each behind `start`, a token or none."""
   if length < 2:
     raise DataError(f'windows of {length} tokens hold no target')
   if not tokens:
     raise DataError('the text is empty')
   step = length - 1
   # Without a token for the beginning the first of a window is given.
-  if bos >= 0:
-    return [Pair((bos,), tuple(tokens[i : i + step])) for i in range(0, len(tokens), step)]
+  if start:
+    return [Pair(start, tuple(tokens[i : i + step])) for i in range(0, len(tokens), step)]
   cut = [tuple(tokens[i : i + length]) for i in range(0, len(tokens), step)]
   return [Pair(w[:1], w[1:]) for w in cut if len(w) > 1]

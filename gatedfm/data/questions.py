@@ -187,7 +187,7 @@ def sample(
     split: what is asked.
     number: at most so many questions, drawn without replacement.
     shots: answered questions each.
-    seed: of both draws.
+    seed: of the shots; and of the questions each seed has others, as long as there are enough.
     shared: whether all have the same shots (but itself, in the training split).
 
   Raises:
@@ -201,7 +201,8 @@ def sample(
     raise DataError(f'{task.name}: {shots} shots need as many other training questions; {pool}')
   rng = np.random.default_rng(seed)
   out, drawn = [], None
-  for i in rng.permutation(len(asked))[:number]:
+  order = np.random.default_rng(0).permutation(len(asked))
+  for i in np.roll(order, -seed * number)[:number]:
     question = asked[i]
     if drawn is None or not shared:
       # One more than needed, should the question itself be among them.

@@ -124,8 +124,7 @@ class Evaluator:
 
   def _context(self, text: str) -> tuple[int, ...]:
     """A beginning of text, where the model has one, and the text."""
-    start = () if self._cfg.bos < 0 else (self._cfg.bos,)
-    return (*start, *self._tokenizer.encode(text))
+    return (*self._cfg.start, *self._tokenizer.encode(text))
 
   def log_likelihoods(
     self,
@@ -141,7 +140,7 @@ class Evaluator:
     widest = max(len(choices) for _, choices in prompts)
     out = np.full((len(prompts), widest), -np.inf)
     encoded = [
-      (self._context(text), [tuple(self._tokenizer.encode(f' {c}')) for c in choices])
+      (self._context(text), [tuple(self._tokenizer.encode(f' {c}', follows=True)) for c in choices])
       for text, choices in prompts
     ]
     gates = self._gates(gates)
@@ -204,7 +203,7 @@ class Evaluator:
       yield b, np.asarray(self._targets((b.tokens.shape, b.at.shape, _length(prefix)), *args))
 
   def _batches(self, pairs: Sequence[Pair]) -> Iterable[LmBatch]:
-    return lm_batches.batches(pairs, self._room, self._most, max(self._cfg.pad, 0))
+    return lm_batches.batches(pairs, self._room, self._most, self._cfg.padding)
 
   def ask(
     self,
@@ -248,7 +247,7 @@ class Evaluator:
   def perplexity(self, text: str, window: int = 512, gates: Gates | None = None) -> float:
     """Of a text's tokens, each given those before it in its window of `window`."""
     window = min(window, self._most)
-    pairs = lm_batches.windows(self._tokenizer.encode(text), window, self._cfg.bos)
+    pairs = lm_batches.windows(self._tokenizer.encode(text), window, self._cfg.start)
     total = count = 0.0
     for b, loss_BxP in self._losses(pairs, self._gates(gates)):
       total += float(np.sum(loss_BxP * b.weight))

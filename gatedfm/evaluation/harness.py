@@ -111,7 +111,7 @@ class Answering:
     """Log-likelihood of each request's targets, and whether greedy decoding would write them."""
     pairs = [Pair(tuple(context), tuple(target)) for _, context, target in requests]
     out: list[Any] = [None] * len(pairs)
-    pad = max(self._cfg.pad, 0)
+    pad = self._cfg.padding
     for b in lm_batches.batches(pairs, self._room, self.max_length + 1, pad):
       key = b.tokens.shape, b.at.shape
       loss_BxP, hit_BxP = map(np.asarray, self._losses(key, self._params, b.tokens, b.mask, b.at))

@@ -22,6 +22,7 @@ import numpy as np
 from gatedfm import atomic, json_lines, metrics, provenance
 from gatedfm.analysis import importance_report, plots
 from gatedfm.data import lm_batches, questions
+from gatedfm.data.types import SPLITS, DataError
 from gatedfm.evaluation import pruning_runs
 from gatedfm.evaluation.few_shot import Evaluator
 from gatedfm.evaluation.pruning_runs import Pruning
@@ -29,7 +30,7 @@ from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.gates import Gates
 from gatedfm.models import lm_costs
-from gatedfm.models.speech_config import ConfigError
+from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import allocation, calibration, score_files, scorers
 from gatedfm.pruning.calibration import ATTENTION, FFN, LAYER
 from gatedfm.pruning.scorers import Calibrated, Scores
@@ -97,12 +98,22 @@ class ImportanceConfig:
       raise ConfigError(f'{DENSE} is what all points are compared with: name yours otherwise')
     for name, point in self.points.items():
       try:
-        scorers.get(point.scorer)
-        allocation.parse_budget(point.budget)
+        budget = allocation.parse_budget(point.budget)
+        allocation.check(budget, allocation.RAGGED, scorers.get(point.scorer).sites)
       except ConfigError as e:
         raise ConfigError(f'points.{name}: {e}') from None
+      if 'latency' in budget:
+        raise ConfigError(
+          f'points.{name}: a budget in latency is for gatedfm.prune, which measures'
+        )
       if point.steps < 1:
         raise ConfigError(f'points.{name}.steps is {point.steps}; it must be at least 1')
+    choice('split', self.split, SPLITS)
+    choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
+    if min(*self.shots, *self.seeds) < 0:
+      raise ConfigError('shots and seeds must not be negative')
+    if len({Path(task).stem for task in self.tasks}) < len(self.tasks):
+      raise ConfigError('two tasks of one name: rename a file')
     for name in ('questions', 'examples', 'removals', 'text_tokens', 'room'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least 1')
@@ -116,17 +127,24 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
     WorkdirError: the workdir of another sweep.
   """
   cfg.validate()
-  _claim(cfg, workdir)
   tasks = {name: questions.load(name) for name in cfg.tasks}
-  model, sweep_start = _model(cfg, workdir), time.perf_counter()
+  for task, shots in itertools.product(tasks.values(), cfg.shots):
+    for split in ('train', cfg.split):
+      questions.sample(task, split, 1, shots, 0)  # raises where there are too few
+  fetched = cfg.checkpoint == 'smollm2' and not Path(cfg.checkpoint).exists()
+  model = None if fetched else _whole(Path(cfg.checkpoint).expanduser())
+  _claim(cfg, workdir)
+  model, sweep_start = model or _fetched(workdir / 'model'), time.perf_counter()
   scores = _Scores(cfg, model, workdir / 'scores')
   evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=cfg.room)
   rows = json_lines.read(workdir / ANSWERS)
+  # Without what a kill has torn, behind which the next line would be lost.
+  atomic.write_text(workdir / ANSWERS, ''.join(json.dumps(row) + '\n' for row in rows))
   done, todo = {_key(row) for row in rows}, list(_jobs(cfg))
   todo = [job for job in todo if job not in done]
   say(f'sweep: {len(cfg.points)} points; {len(done)} answers are there, {len(todo)} to go')
   gates = functools.lru_cache(maxsize=None)(
-    lambda name, seed: _gates(cfg, model, scores, name, seed)
+    lambda name, seed: _gates(cfg, model, scores, name, seed, workdir / 'gates')
   )
   # As large as the model for each such point, in memory and on disk.
   repaired = functools.cache(
@@ -173,25 +191,30 @@ def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
     atomic.write_text(path, json.dumps(own, indent=1) + '\n')
     return
   old = json.loads(path.read_text())
-  # Points may come and go: each has its own lines.
+  # Points may come and go: each has its own lines, which stay its own.
+  points = old['points'] | own['points']
   old['points'] = {name: old['points'].get(name, own['points'][name]) for name in own['points']}
   if changed := config_lib.differences(old, own):
     raise WorkdirError(f'{workdir} belongs to another sweep ({"; ".join(changed)}): choose another')
-  atomic.write_text(path, json.dumps(own, indent=1) + '\n')
+  atomic.write_text(path, json.dumps(own | {'points': points}, indent=1) + '\n')
 
 
-def _model(cfg: ImportanceConfig, workdir: Path) -> LmCheckpoint:
-  folder = Path(cfg.checkpoint).expanduser()
-  if cfg.checkpoint == 'smollm2' and not folder.exists():
-    from gatedfm.convert import lm_files
-
-    folder = workdir / 'model'
-    if not (folder / 'config.json').exists():
-      lm_files.bring('smollm2', Path(), folder, 'float32', say)
+def _whole(folder: Path) -> LmCheckpoint:
   model = lm_workdir.load(folder)
   if model.cut is not None:
     raise ConfigError(f'{folder} was pruned before: start from the model that it was cut from')
+  if model.tokenizer is None:
+    raise DataError(f'{folder} has no tokenizer beside it: import it again, with its own')
   return model
+
+
+def _fetched(folder: Path) -> LmCheckpoint:
+  from gatedfm.convert import lm_files
+
+  if not (folder / checkpoints.CONFIG).exists():
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left unfinished
+    lm_files.bring('smollm2', Path(), folder, 'float32', say)
+  return _whole(folder)
 
 
 def _jobs(cfg: ImportanceConfig) -> Iterator[tuple[str, str, int, int]]:
@@ -268,7 +291,8 @@ class _Scores:
     """What is on disk, by task and number of shots, then by scorer and site."""
     out: dict[tuple[str, int], Scores] = {}
     for task, shots in itertools.product(self._cfg.tasks, self._cfg.shots):
-      for path in sorted(self._folder.glob(f'{Path(task).stem}_{shots}*.npz')):
+      name = f'{Path(task).stem}_{shots}'
+      for path in sorted([*self._folder.glob(f'{name}.npz'), *self._folder.glob(f'{name}_*.npz')]):
         out.setdefault((Path(task).stem, shots), {}).update(score_files.load(path))
     return out
 
@@ -282,7 +306,7 @@ class _Scores:
     number = cfg.removals if 'removals' in needs else cfg.examples
     how = Pruning('taylor', '', (task,), number, shots, seed=cfg.seeds[0])
     pairs = pruning_runs.texts(task, model, how)
-    batches = lm_batches.batches(pairs, cfg.room, how.tokens, max(model.cfg.pad, 0))
+    batches = lm_batches.batches(pairs, cfg.room, how.tokens, model.cfg.padding)
     tell = lambda line: say(f'{task}, {shots} shots, {"/".join(needs)}: {line}')
     return calibration.collect(
       model.cfg, model.params, batches, needs, tell, closed, self._removed(needs)
@@ -298,16 +322,25 @@ class _Scores:
 
 
 def _gates(
-  cfg: ImportanceConfig, model: LmCheckpoint, scores: _Scores, name: str, seed: int
+  cfg: ImportanceConfig, model: LmCheckpoint, scores: _Scores, name: str, seed: int, folder: Path
 ) -> Gates:
+  """Kept in a file, so that all answers of a point are of the same."""
+  path = folder / f'{name}_{seed}.npz'
+  if path.exists():
+    return Gates(score_files.load(path))
   point = cfg.points[name]
   budget = allocation.parse_budget(point.budget)
-  if point.scorer == 'random':
-    drawn = scorers.random(Calibrated(model.cfg, model.params, seed=seed))
-    return allocation.allocate(drawn, budget, model.cfg)
-  return pruning_runs.in_steps(
-    lambda closed: scores.aggregated(point.scorer, closed), budget, model.cfg, point.steps
-  )
+
+  def scored(closed: Gates | None) -> Scores:
+    if point.scorer == 'random':
+      found = scorers.random(Calibrated(model.cfg, model.params, seed=seed))
+    else:
+      found = scores.aggregated(point.scorer, closed)
+    return pruning_runs.weighed(point.scorer, budget, allocation.RAGGED, found)
+
+  gates = pruning_runs.in_steps(scored, budget, model.cfg, point.steps)
+  score_files.save(path, gates.values)
+  return gates
 
 
 def _repaired(
@@ -365,7 +398,8 @@ def _counts(rows: Sequence[Mapping[str, Any]], kind: str, shots: int) -> metrics
 
 def _accuracy(counts: metrics.Counts, dense: metrics.Counts | None) -> dict[str, Any]:
   bounds = metrics.interval(counts)
-  out = {'questions': len(counts.groups), 'accuracy': counts.scores()}
+  out = {'questions': len(counts.groups), 'tasks': sorted(set(counts.groups))}
+  out['accuracy'] = counts.scores()
   out['interval'] = [bounds.low, bounds.high]
   if dense is not None and dense.groups == counts.groups:
     paired = metrics.difference_interval(counts, dense)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import allocation, calibration, repair, score_files, scorers
 from gatedfm.pruning.allocation import Allocation
-from gatedfm.pruning.calibration import FFN, HEADS
+from gatedfm.pruning.calibration import CHANNELS, FFN, HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
 
 REPORT, SCORES = 'report.json', 'scores.npz'
@@ -70,6 +71,7 @@ class Pruning:
     """Raises ConfigError, naming the field and the mend, for what cannot be done."""
     needs = scorers.get(self.scorer).needs
     budget = allocation.parse_budget(self.budget)
+    allocation.check(budget, self.allocation, scorers.get(self.scorer).sites)
     if 'latency' in budget and (self.steps > 1 or not self.rounds):
       raise ConfigError('a budget in latency is measured, and in one step: rounds, and steps=1')
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
@@ -134,17 +136,21 @@ def run(
 def close(dense: LmCheckpoint, scores: Scores, how: Pruning, say: Callable[[str], None]) -> Gates:
   """The gates that keep the budget, `scores` being those of the dense model."""
   budget = allocation.parse_budget(how.budget)
-
-  def ready(scores: Scores) -> Scores:
-    # Of one unit where sites are weighed against each other.
-    if scorers.get(how.scorer).comparable or not set(budget) & set(allocation.COSTS):
-      return scores
-    return {name: score / np.mean(score) for name, score in scores.items()}
-
+  ready = functools.partial(weighed, how.scorer, budget, how.allocation)
   if 'latency' in budget:
     return within_latency(dense, ready(scores), budget['latency'], how, say)
   of = lambda closed: ready(scores if closed is None else score(dense, how, say, closed))
   return in_steps(of, budget, dense.cfg, how.steps, how.allocation)
+
+
+def weighed(scorer: str, budget: Mapping[str, float], how: Allocation, scores: Scores) -> Scores:
+  """Scores of one unit, their means 1, where a budget weighs sites that are not comparable."""
+  sites = allocation.sites(budget, how)
+  # Channels are scored by their sum over tokens, all else token by token.
+  alike = scorers.get(scorer).comparable and (CHANNELS not in sites or len(sites) == 1)
+  if alike or not set(budget) & set(allocation.COSTS):
+    return scores
+  return {name: scores[name] / np.mean(scores[name]) for name in sites}
 
 
 def score(
@@ -159,7 +165,7 @@ def score(
   for name in how.calibration:
     pairs = texts(name, dense, how)
     batches = lm_batches.batches(
-      pairs, _ROOM, min(how.tokens, dense.cfg.max_tokens), _pad(dense.cfg)
+      pairs, _ROOM, min(how.tokens, dense.cfg.max_tokens), dense.cfg.padding
     )
     tell = lambda line, name=name: say(f'{name}: {line}')
     each.append(
@@ -174,7 +180,7 @@ def fitted(
   """Parameters repaired on all calibration texts together."""
   pairs = [pair for name in how.calibration for pair in texts(name, dense, how)]
   most = min(how.tokens, dense.cfg.max_tokens)
-  batches = lm_batches.batches(pairs, _ROOM, most, _pad(dense.cfg))
+  batches = lm_batches.batches(pairs, _ROOM, most, dense.cfg.padding)
   return repair.least_squares(dense.cfg, dense.params, gates, batches, say=say)
 
 
@@ -194,7 +200,8 @@ def in_steps(
   """
   closed = None
   for step in range(1, steps + 1):
-    part = {name: share * step / steps for name, share in budget.items()}
+    # The last part is the budget itself, whatever its products would round to.
+    part = budget if step == steps else {n: share * step / steps for n, share in budget.items()}
     closed = allocation.allocate(score(closed), part, cfg, how, closed)
   return closed
 
@@ -235,10 +242,6 @@ def within_latency(
   return best
 
 
-def _pad(cfg: LmConfig) -> int:
-  return max(cfg.pad, 0)
-
-
 def texts(name: str, model: LmCheckpoint, how: Pruning) -> list[Pair]:
   """Calibration examples: prompts with their right answers, or windows of a text.
 
@@ -254,11 +257,11 @@ def texts(name: str, model: LmCheckpoint, how: Pruning) -> list[Pair]:
     except (OSError, UnicodeDecodeError) as e:
       raise DataError(f'{name} cannot be read: {e}') from None
     length = min(how.tokens, cfg.max_tokens)
-    return lm_batches.windows(tokenizer.encode(text), length, cfg.bos)[: how.examples]
-  task, start = questions.load(name), () if cfg.bos < 0 else (cfg.bos,)
+    return lm_batches.windows(tokenizer.encode(text), length, cfg.start)[: how.examples]
+  task = questions.load(name)
   drawn = questions.sample(task, 'train', how.examples, how.shots, how.seed)
-  answer = lambda q: tuple(tokenizer.encode(f' {q.choices[q.answer]}'))
-  return [Pair((*start, *tokenizer.encode(task.prompt(q, s))), answer(q)) for q, s in drawn]
+  answer = lambda q: tuple(tokenizer.encode(f' {q.choices[q.answer]}', follows=True))
+  return [Pair((*cfg.start, *tokenizer.encode(task.prompt(q, s))), answer(q)) for q, s in drawn]
 
 
 def _closed(gates: dict[str, np.ndarray]) -> dict[str, str]:

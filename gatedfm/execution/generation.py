@@ -127,7 +127,7 @@ class Generator:
       raise DataError('this model has no tokenizer beside it: import it again, with its own')
     net, self._params = for_inference(model.cfg, model.params)
     call = functools.partial(_call, net, model.fixed())
-    end = model.cfg.eos, max(model.cfg.pad, 0)
+    end = model.cfg.eos, model.cfg.padding
     self._read_function = functools.partial(read, call, end)
     self._read = compiling.Programs(
       jax.jit(self._read_function, static_argnames=('kind', 'length'))
@@ -138,8 +138,7 @@ class Generator:
 
   def encode(self, prompt: str) -> list[int]:
     """A beginning of text, where the model has one, and the prompt's tokens."""
-    start = [] if self._cfg.bos < 0 else [self._cfg.bos]
-    return [*start, *self._tokenizer.encode(prompt)]
+    return [*self._cfg.start, *self._tokenizer.encode(prompt)]
 
   def generate(
     self,
@@ -190,7 +189,7 @@ class Generator:
     room = self._cfg.max_tokens - most
     for number, prompt in enumerate(prompts):
       if not prompt:
-        raise DataError(f'prompt {number + 1} is empty, and this model has no beginning of text')
+        raise DataError(f'prompt {number + 1} is empty, and nothing stands before a text')
       if len(prompt) > room:
         raise DataError(
           f'prompt {number + 1} has {len(prompt)} tokens; with {most} to write behind it the model '
@@ -204,7 +203,7 @@ class Generator:
     rows = min(1 << (len(chunk) - 1).bit_length(), self._rows)
     longest, limit = max(len(prompts[i]) for i in chunk), self._cfg.max_tokens
     width = lm_batches.padded_length(longest, limit - most)
-    tokens_BxP = np.full((rows, width), max(self._cfg.pad, 0), np.int32)
+    tokens_BxP = np.full((rows, width), self._cfg.padding, np.int32)
     starts_B, numbers_B = np.full(rows, width - 1, np.int32), np.full(rows, -1, np.int32)
     for row, number in enumerate(chunk):
       prompt = prompts[number]
@@ -240,11 +239,12 @@ class Generator:
     """Up to the end, where there is one."""
     ends = np.flatnonzero(tokens == self._cfg.eos)
     tokens = (tokens[: ends[0]] if len(ends) else tokens).tolist()
-    text = self._tokenizer.decode(tokens)
+    decode = functools.partial(self._tokenizer.decode, follows=True)
+    text = decode(tokens)
     found = [at for at in map(text.find, until) if at >= 0]
     if found:
       text = text[: min(found)]
-      holds = lambda n: any(end in self._tokenizer.decode(tokens[:n]) for end in until)
+      holds = lambda n: any(end in decode(tokens[:n]) for end in until)
       tokens = tokens[: next(n for n in range(1, len(tokens) + 1) if holds(n))]
     return Written(text, tuple(tokens), bool(len(ends) or found))
 

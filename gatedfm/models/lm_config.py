@@ -33,6 +33,7 @@ class LmConfig:
     embed_width: of the embeddings where it is not D (OPT-350m's `word_embed_proj_dim`), else 0.
     tied: whether logits are products with the embeddings.
     bos, eos, pad: tokens; -1 means none.
+    add_bos: whether texts begin with `bos`, which some models have for other purposes.
     dropout: on every module's output; 0 for published models at work.
     dtype: operands of matrix products, accumulated in float32; `activation_dtype` as of
       `SpeechConfig`.
@@ -62,6 +63,7 @@ class LmConfig:
   bos: int = 2
   eos: int = 2
   pad: int = 1
+  add_bos: bool = True
   dropout: float = 0.0
   dtype: str = 'float32'
   activation_dtype: str = 'float32'
@@ -102,6 +104,16 @@ class LmConfig:
   def groups(self) -> int:
     """Heads of keys and values."""
     return self.kv_heads or self.heads
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    """Tokens that a text begins with."""
+    return (self.bos,) if self.add_bos and self.bos >= 0 else ()
+
+  @property
+  def padding(self) -> int:
+    """A token to fill rows with."""
+    return max(self.pad, 0)
 
   def all_sites(self) -> tuple[gates_lib.Site, ...]:
     """Its modules. A layer without both of them is gone."""
@@ -155,5 +167,5 @@ def smollm2() -> LmConfig:
   """SmolLM2-135M (Allal et al., 2025)."""
   return llama(
     vocab_size=49_152, d=576, layers=30, heads=9, kv_heads=3, ffn=1536, theta=100_000.0,
-    max_tokens=8192, bos=1, eos=2, pad=2,
+    max_tokens=8192, bos=1, eos=2, pad=2, add_bos=False,
   )  # fmt: skip

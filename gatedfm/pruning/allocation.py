@@ -93,6 +93,24 @@ def parse_budget(text: str) -> dict[str, float]:
   return out
 
 
+def sites(budget: Mapping[str, float], how: Allocation = RAGGED) -> list[str]:
+  """Names of the sites that a budget closes parts of."""
+  return [NAMES[name] for name in how.over] if set(budget) & set(COSTS) else list(budget)
+
+
+def check(budget: Mapping[str, float], how: Allocation, known: Sequence[str]) -> None:
+  """Raises ConfigError for a budget of sites without scores, or of a cost in equal layers."""
+  for name in sites(budget, how):
+    if name not in known:
+      others = [k for k, site in NAMES.items() if site in known]
+      raise ConfigError(f'this scorer has no scores of {name}; it has those of {", ".join(others)}')
+  for kind in set(budget) & set(COSTS):
+    if how.shape != 'ragged':
+      raise ConfigError(
+        f'a budget in {kind} leaves layers of differing shapes: shape is {how.shape}'
+      )
+
+
 def allocate(
   scores: Mapping[str, np.ndarray],
   budget: Mapping[str, float],
@@ -119,13 +137,9 @@ def allocate(
     ConfigError: a budget that the scorer has no scores for, that the floor forbids, or that is
       more than there is.
   """
-  costs = set(budget) & set(COSTS)
-  names = [NAMES[name] for name in how.over] if costs else list(budget)
-  for name in names:
-    if name not in scores:
-      known = [k for k, site in NAMES.items() if site in scores]
-      raise ConfigError(f'this scorer has no scores of {name}; it has those of {", ".join(known)}')
-  sites = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites(), Site(LAYER, cfg.layers))}
+  check(budget, how, tuple(scores))
+  costs, names = set(budget) & set(COSTS), sites(budget, how)
+  known = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites(), Site(LAYER, cfg.layers))}
   before = {} if closed is None else dict(closed.values)
   if LAYER in names and before:
     before[LAYER] = np.maximum(before[ATTENTION], before[FFN])
@@ -136,7 +150,7 @@ def allocate(
     )
   else:
     out = {
-      n: _close(np.asarray(scores[n], np.float64), budget[n], sites[n], cfg, how, before.get(n))
+      n: _close(np.asarray(scores[n], np.float64), budget[n], known[n], cfg, how, before.get(n))
       for n in names
     }
   layers = out.pop(LAYER, None)
@@ -148,8 +162,6 @@ def _by_cost(scores, kind, share, cfg: LmConfig, how: Allocation, before) -> dic
   """Closes what is worth least for its price, until a share of the model's cost is gone."""
   if kind not in ('params', 'macs'):
     raise ConfigError(f'a budget in {kind} has to be measured: gatedfm.prune does')
-  if how.shape != 'ragged':
-    raise ConfigError(f'a budget in {kind} leaves layers of differing shapes: shape is {how.shape}')
   rows = {name: _together(name, score, cfg, how) for name, score in scores.items()}
   prices = {name: _price(name, kind, cfg, how) for name in rows}
   worth = [_worth(rows[n], prices[n], cfg, how, n, before.get(n)).ravel() for n in rows]

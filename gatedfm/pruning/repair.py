@@ -67,7 +67,7 @@ def least_squares(
   whole = gates_lib.completed(gates, (*cfg.all_sites(), *cfg.unit_sites()))
   spread = lambda name, shape: np.broadcast_to(np.asarray(whole[name], np.float32), shape)
   embed, run, advance = _programs(dataclasses.astuple(cfg))
-  batches = list(batches)
+  batches = [_seen(b) for b in batches]
   # Both streams of every batch, side by side.
   streams = [(x, x) for x in (embed(params, b.tokens, b.mask) for b in batches)]
   new_layers = dict(params[STACK]['layers'])
@@ -102,6 +102,11 @@ def least_squares(
       f'repair: {i + 1} of {cfg.layers} layers, {_distance(streams, batches):.3f} of the stream off'
     )
   return params | {STACK: params[STACK] | {'layers': new_layers}}
+
+
+def _seen(b: LmBatch) -> LmBatch:
+  """Without the token that rows of padding see of themselves."""
+  return dataclasses.replace(b, mask=b.mask & (b.weight.sum(1) > 0)[:, None])
 
 
 def _solve(

@@ -41,11 +41,13 @@ class Scorer:
     score: the function.
     needs: what of `calibration.NEEDS` it reads.
     comparable: whether scores of differing sites are of one unit, such as a loss.
+    sites: that it scores.
   """
 
   score: Callable[[Calibrated], Scores]
   needs: tuple[str, ...] = ()
   comparable: bool = False
+  sites: tuple[str, ...] = (HEADS, CHANNELS, ATTENTION, FFN, LAYER)
 
 
 def taylor(x: Calibrated, layer_norm: bool = False) -> Scores:
@@ -114,15 +116,16 @@ def random(x: Calibrated) -> Scores:
   return scores | {LAYER: rng.random(x.cfg.layers)}
 
 
+_UNITS, _MODULES = (HEADS, CHANNELS, ATTENTION, FFN), (ATTENTION, FFN, LAYER)
 SCORERS: dict[str, Scorer] = {
   'taylor': Scorer(taylor, ('gradients',), True),
   'taylor_layer_norm': Scorer(lambda x: taylor(x, layer_norm=True), ('gradients',)),
   'fisher': Scorer(fisher, ('gradients',), True),
-  'activation': Scorer(activation, ('activations',)),
-  'wanda': Scorer(wanda, ('activations',)),
-  'magnitude': Scorer(magnitude),
-  'influence': Scorer(influence, ('activations',), True),
-  'oracle': Scorer(oracle, ('removals',), True),
+  'activation': Scorer(activation, ('activations',), sites=_UNITS),
+  'wanda': Scorer(wanda, ('activations',), sites=_UNITS),
+  'magnitude': Scorer(magnitude, sites=_UNITS),
+  'influence': Scorer(influence, ('activations',), True, _MODULES),
+  'oracle': Scorer(oracle, ('removals',), True, _MODULES),
   'random': Scorer(random, comparable=True),
 }
 
@@ -147,9 +150,8 @@ def _gathered(cfg: LmConfig, channels: Scores, over: Callable[[np.ndarray], np.n
 def _kernels(x: Calibrated, module: str, kernel: str) -> list[np.ndarray]:
   """That matrix of each layer, `[in, out]`."""
   layers = x.params[STACK]['layers']
-  inner = 'attention' if module == 'attention' else 'ffn'
   return [
-    np.asarray(layers[f'{stack.PREFIX}{i}'][module][inner][kernel]['kernel'], np.float32)
+    np.asarray(layers[f'{stack.PREFIX}{i}'][module][module][kernel]['kernel'], np.float32)
     for i in range(x.cfg.layers)
   ]
 

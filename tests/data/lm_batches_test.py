@@ -40,14 +40,14 @@ def test_long_examples_come_first():
   assert [b.tokens.shape[1] for b in lm_batches.batches(pairs, 64, 512)] == [128, 48, 16]
 
 
-@pytest.mark.parametrize('bos', [-1, 7])
-def test_windows_predict_every_token_once(bos):
+@pytest.mark.parametrize('start', [(), (7,)])
+def test_windows_predict_every_token_once(start):
   text = list(range(10, 33))
-  pairs = lm_batches.windows(text, 6, bos)
+  pairs = lm_batches.windows(text, 6, start)
   targets = [t for pair in pairs for t in pair.target]
-  assert targets == (text if bos >= 0 else text[1:])
+  assert targets == (text if start else text[1:])
   assert all(len(pair) <= 6 for pair in pairs)
-  if bos >= 0:
+  if start:
     assert all(pair.context == (7,) for pair in pairs)
 
 
@@ -57,7 +57,7 @@ def test_what_cannot_be():
   with pytest.raises(DataError, match='a target of 8 tokens; the model has positions for 8'):
     list(lm_batches.batches([Pair((1,), (2,) * 8)], 1, 8))
   with pytest.raises(DataError, match='the text is empty'):
-    lm_batches.windows([], 8, 1)
+    lm_batches.windows([], 8, (1,))
   with pytest.raises(DataError, match='windows of 1 tokens'):
-    lm_batches.windows([1, 2], 1, 1)
-  np.testing.assert_equal(lm_batches.windows([5], 4, -1), [])
+    lm_batches.windows([1, 2], 1, (1,))
+  np.testing.assert_equal(lm_batches.windows([5], 4, ()), [])

@@ -85,7 +85,7 @@ def test_greedy_is_naive(kind):
   assert [list(w.tokens) for w in written] == want
   assert not any(w.ended for w in written)
   assert len({tuple(w) for w in want}) > 2  # they differ
-  assert written[0].text == words().decode(want[0])
+  assert written[0].text == f' {words().decode(want[0])}'
   # Other numbers of tokens run in the programs that there are.
   programs = len(generator._read), len(generator._write)
   assert [list(w.tokens) for w in generator.generate(PROMPTS[:2], 4)] == [w[:4] for w in want[:2]]
@@ -125,7 +125,7 @@ def test_texts_that_end_one():
   at = next(n for n in range(3, 20) if want[n] not in want[:n])
   words_at = f'w{want[at]}'
   [written] = generator.generate(PROMPTS[1:2], 20, until=('none', f' {words_at}'))
-  before = words().decode(want[:at])
+  before = f' {words().decode(want[:at])}'
   assert written.text == before
   assert list(written.tokens) == want[: at + 1]
   assert written.ended
