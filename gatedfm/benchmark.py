@@ -61,6 +61,7 @@ _READ_BY = {
   'masks': ('encoder', 'decoder', 'utterance', 'train'),
   'tokens': ('decoder', 'utterance', 'lm', 'scoring'),
   'budgets': ('lm',),
+  'rounds': ('encoder', 'decoder', 'utterance', 'stream', 'train', 'lm'),
   'pruned': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'dtype': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'contexts': ('encoder', 'decoder', 'utterance', 'stream', 'train'),

@@ -3,6 +3,7 @@
 Example:
   python -m gatedfm.few_shot --checkpoint=runs/smollm2 --tasks=sst2,trec --shots=0,4 --seeds=3
   python -m gatedfm.few_shot --checkpoint=runs/small --tasks=mine.jsonl --text=page.txt
+  python -m gatedfm.few_shot --checkpoint=runs/opt --tasks=sst2 --model_parallel=8
 
 Dense models and pruned ones alike. Tasks are sets of StaICC, or files of one's own: .jsonl or .csv
 with context, choices and answer. What counts as answered is the choice that the model finds
@@ -24,6 +25,7 @@ _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Wh
 _SHARED = flags.DEFINE_bool('shared', True, 'The same shots for all questions of a draw.')
 _TEXT = flags.DEFINE_string('text', '', 'File whose perplexity is measured.')
 _JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
+_MESH = mains.define_model_parallel()
 flags.mark_flag_as_required('checkpoint')
 
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
   from gatedfm.models.speech_config import ConfigError
 
   with mains.clear_errors():
-    if not all(n.isdigit() for n in _SHOTS.value):
+    if not all(n.isdecimal() for n in _SHOTS.value):
       raise ConfigError(f'--shots={",".join(_SHOTS.value)}: give numbers, such as 0,4')
     asked = lm_quality.Questions(
       tuple(_TASKS.value),
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> None:
     )
     path = mains.json_path(_JSON.value)
     folder = mains.folder(_CHECKPOINT.value)
-    result = lm_quality.evaluate(folder, asked, lambda line: print(line, flush=True))
+    result = lm_quality.evaluate(folder, asked, lambda line: print(line, flush=True), _MESH())
     if path:
       origin = provenance.collect('gatedfm.few_shot')
       atomic.write_text(path, json.dumps(origin | result, indent=1) + '\n')

@@ -23,6 +23,7 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Tokens written behind each
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Of the draws; 0 takes the likeliest token.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw among the fewest tokens of this probability.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+_MESH = mains.define_model_parallel()
 flags.mark_flags_as_required(['checkpoint', 'prompt'])
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
   with mains.clear_errors():
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     sampling.validate()
-    generator = Generator(lm_workdir.load(mains.folder(_CHECKPOINT.value)))
+    generator = Generator(lm_workdir.load(mains.folder(_CHECKPOINT.value), _MESH()))
     prompts = [generator.encode(text) for text in _PROMPT.value]
     generator.prepare(prompts, _MAX_TOKENS.value, sampling)
     start = time.perf_counter()

@@ -26,11 +26,9 @@ _PARAM_DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Type that parameters are kept in.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], "Of an imported model's matrix products."
+  'dtype', 'float32', ['float32', 'bfloat16'], 'What an imported model computes in.'
 )
-_MODEL_PARALLEL = flags.DEFINE_integer(
-  'model_parallel', 0, "Devices that share a matrix's columns, others share rows; 0: one has all."
-)
+_MESH = mains.define_model_parallel()
 flags.mark_flag_as_required('to')
 
 
@@ -46,6 +44,11 @@ def main(argv: list[str]) -> None:
     if len(argv) - 1 != wanted:
       given = ' '.join(argv[1:]) or 'none'
       raise ConfigError(f'give {wanted or "no"} path behind the flags; there is {given}')
+    if _EXPORT.value:
+      read = ('param_dtype',) if _EXPORT.value == 'hf' else ()
+      for name in {'param_dtype', 'dtype', 'model_parallel'} - set(read):
+        if flags.FLAGS[name].present:
+          raise ConfigError(f'--{name} is not read by --export={_EXPORT.value}: leave it out')
     to, paths = mains.folder(_TO.value), [mains.folder(path) for path in argv[1:]]
     say = lambda line: print(line, flush=True)
     if _EXPORT.value == 'plain':
@@ -53,9 +56,8 @@ def main(argv: list[str]) -> None:
     elif _EXPORT.value:
       lm_files.export(paths[0], to, _PARAM_DTYPE.value, say)
     else:
-      mesh = mains.mesh(_MODEL_PARALLEL.value)
       path = paths[0] if paths else Path()
-      lm_files.bring(_FROM.value, path, to, _PARAM_DTYPE.value, say, mesh, _DTYPE.value)
+      lm_files.bring(_FROM.value, path, to, _PARAM_DTYPE.value, say, _MESH(), _DTYPE.value)
 
 
 if __name__ == '__main__':

@@ -93,10 +93,11 @@ def _place(error: BaseException) -> str:
 
 def _fields(name: str) -> tuple[str, ...]:
   """Fields of the configuration class of that name; () where there is none."""
-  from gatedfm.evaluation.sweep import SweepConfig
+  from gatedfm.evaluation import importance_sweep, sweep
   from gatedfm.trainers import config
 
-  cls = SweepConfig if name == 'SweepConfig' else getattr(config, name, None)
+  found = (getattr(module, name, None) for module in (sweep, importance_sweep, config))
+  cls = next(filter(None, found), None)
   return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 
 
@@ -126,6 +127,14 @@ def several_hosts() -> bool:
 def folder(value: str) -> Path:
   """The path that a flag gives: no shell expands the `~` of `--workdir=~/runs`."""
   return Path(value).expanduser()
+
+
+def define_model_parallel() -> Callable[[], Any]:
+  """Defines the flag of how devices share a language model; what makes the mesh of it."""
+  found = flags.DEFINE_integer(
+    'model_parallel', 0, "Devices that share a matrix's columns, others share rows; 0: one has all."
+  )
+  return lambda: mesh(found.value)
 
 
 def mesh(model_parallel: int) -> Any:

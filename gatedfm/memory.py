@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     path = mains.json_path(_JSON.value, '.md')
     for case in _CHIPS.value:
       chip, _, number = case.partition(':')
-      if not number.isdigit():
+      if not number.isdecimal():
         raise ConfigError(f'--chips={case}: write KIND:NUMBER, such as v4:64')
       sizes = int(number), _BATCH.value, _LENGTH.value
       fits.append(lm_memory.fit(cfg, chip, *sizes, _DTYPE.value))

@@ -31,6 +31,7 @@ from gatedfm.analysis.induction import MEASURES, Induction
 from gatedfm.gates import Gates
 from gatedfm.models.lm import LanguageModel
 from gatedfm.models.lm_config import LmConfig, llama
+from gatedfm.models.speech_config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Training:
       max_tokens=self.tokens, bos=-1, eos=-1, pad=-1, scan_layers=False,
     )  # fmt: skip
     cfg.validate()
+    if min(self.steps, self.log_every, self.batch) < 1 or self.seed < 0 or self.tokens < 8:
+      raise ConfigError('steps, log_every and batch are 1 at least, tokens 8, seed not negative')
     return cfg
 
 
@@ -106,7 +109,7 @@ def train(how: Training) -> Iterator[dict[str, Any]]:
 
 def _programs(model: LanguageModel, closed: Gates, how: Training) -> tuple[Callable, Callable]:
   """`init(key)`: parameters and state of the optimizer; `step(both, *texts)`: both, and losses."""
-  schedule = optax.linear_schedule(0, how.learning_rate, how.steps // 10)
+  schedule = optax.linear_schedule(0, how.learning_rate, max(how.steps // 10, 1))
   optimizer = optax.adam(schedule, b2=0.98)
 
   @jax.jit
@@ -160,6 +163,7 @@ def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   mains.set_up()
   with mains.clear_errors():
+    path = mains.json_path(_JSON.value)
     how, start, curve = Training(steps=_STEPS.value, seed=_SEED.value), time.perf_counter(), []
     for row in train(how):
       curve.append(row)
@@ -170,7 +174,7 @@ def main(argv: list[str]) -> None:
     about = {'training': dataclasses.asdict(how), 'seconds': time.perf_counter() - start}
     about |= provenance.collect('gatedfm.analysis.induction_training')
     text = json.dumps(about | {'curve': curve}) + '\n'
-    atomic.write_text(mains.folder(_JSON.value), text)
+    atomic.write_text(path, text)
     if _PICTURE.value:
       plots.save(picture(curve), mains.folder(_PICTURE.value))
 

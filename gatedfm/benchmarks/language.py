@@ -59,8 +59,9 @@ class Case:
     for budget in self.budgets:
       if set(allocation.parse_budget(budget)) & set(allocation.COSTS):
         raise ConfigError(f'budget {budget}: name what is closed, such as heads:0.5')
-    if not 8 <= self.tokens <= self.model.max_tokens:
-      raise ConfigError(f'tokens is {self.tokens}; it is between 8 and {self.model.max_tokens}')
+    most = self.model.max_tokens - lm_timing.WRITES
+    if not 8 <= self.tokens <= most:
+      raise ConfigError(f'tokens is {self.tokens}; it is between 8 and {most}')
     if self.rounds < 1 or self.seed < 0 or not self.budgets:
       raise ConfigError('rounds must be positive, seed not negative, and budgets one at least')
 

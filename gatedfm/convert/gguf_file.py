@@ -66,6 +66,7 @@ class GgufFile:
     of = lambda name, *default: self._field(f'llama.{name}', *default)
     token = lambda name: self._field(f'tokenizer.ggml.{name}_token_id', -1)
     heads, width = of('attention.head_count'), of('embedding_length')
+    scaling = of('rope.scaling.type', 'none')
     tied = all(t.name != 'output.weight' for t in self._reader.tensors)
     return {
       'model_type': 'llama',
@@ -79,6 +80,7 @@ class GgufFile:
       # Stored in single precision: 9.99999974e-06 was 1e-05.
       'rms_norm_eps': float(f'{of("attention.layer_norm_rms_epsilon"):.6g}'),
       'rope_theta': of('rope.freq_base', 10_000.0),
+      'rope_scaling': None if scaling == 'none' else {'rope_type': scaling},
       'max_position_embeddings': of('context_length'),
       'tie_word_embeddings': tied,
       'bos_token_id': token('bos'),
@@ -93,7 +95,7 @@ class GgufFile:
     out = {}
     for tensor in self._reader.tensors:
       parts = tensor.name.split('.')
-      if parts[0] == 'blk' and parts[2] in _LAYER:
+      if parts[0] == 'blk' and len(parts) == 4 and parts[2] in _LAYER:
         name = f'model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}'
         turned = heads.get(parts[2], 0)
       else:
@@ -134,7 +136,11 @@ def _read(tensor: Any, heads: int) -> np.ndarray:
 
   There rotary positions turn channels half a head apart, in llama.cpp neighbours.
   """
-  out = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+  try:
+    out = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+  except NotImplementedError as e:
+    kind = tensor.tensor_type.name
+    raise DataError(f'{tensor.name} is of type {kind}, which cannot be dequantised: {e}') from None
   if not heads:
     return out
   return out.reshape(heads, -1, 2, out.shape[-1]).swapaxes(1, 2).reshape(out.shape)

@@ -88,14 +88,27 @@ def rows(cfg: LmConfig) -> list[Row]:
   return out if cfg.tied else [*out, *_linear('lm_head', 'decoder/output', False)]
 
 
+_NUMBERS = {
+  'vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
+  'head_dim', 'intermediate_size', 'ffn_dim', 'word_embed_proj_dim', 'max_position_embeddings',
+}  # fmt: skip
+
+
 def config(theirs: Mapping[str, Any]) -> LmConfig:
   """Our configuration of their `config.json`.
 
   Raises:
     ConfigError: another kind of model, or an option that ours has not; it is named.
   """
+  if not isinstance(theirs, Mapping):
+    raise ConfigError('config.json does not hold named options')
   read = {'opt': _opt_config, 'llama': _llama_config}
   kind = theirs.get('model_type')
+  # What is null is as good as missing, but for tokens: there it says that there is none.
+  theirs = {k: v for k, v in theirs.items() if v is not None or k.endswith('_token_id')}
+  for name in _NUMBERS & set(theirs):
+    if type(theirs[name]) is not int or theirs[name] < 1:
+      raise ConfigError(f'{name} is {theirs[name]!r}; it must be a whole number above 0')
   if kind not in read:
     raise ConfigError(f'model_type is {kind!r}; ours reads {" and ".join(read)}')
   try:
@@ -124,7 +137,9 @@ def _tokens(theirs: Mapping[str, Any], **usual: int) -> dict[str, int]:
   out = {}
   for name, value in usual.items():
     given = theirs.get(f'{name}_token_id', value)
-    given = given[0] if isinstance(given, list) else given
+    given = next(iter(given), None) if isinstance(given, list) else given
+    if given is not None and type(given) is not int:
+      raise ConfigError(f'{name}_token_id is {given!r}; it must be a number')
     out[name] = -1 if given is None else given
   return out
 
@@ -178,7 +193,7 @@ def to_config(cfg: LmConfig) -> dict[str, Any]:
   """The `config.json` of a model of ours.
 
   Raises:
-    ConfigError: a number of heads that theirs cannot have.
+    ConfigError: what their classes cannot have, such as another number of heads.
   """
   _check_heads(cfg)
   activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[cfg.activation]
@@ -193,7 +208,7 @@ def to_config(cfg: LmConfig) -> dict[str, Any]:
   for name in ('bos', 'eos', 'pad'):
     shared[f'{name}_token_id'] = None if getattr(cfg, name) < 0 else getattr(cfg, name)
   if cfg.positions == 'rotary':
-    return shared | {
+    out = shared | {
       'model_type': 'llama',
       'architectures': ['LlamaForCausalLM'],
       'num_key_value_heads': cfg.groups,
@@ -203,15 +218,29 @@ def to_config(cfg: LmConfig) -> dict[str, Any]:
       'rms_norm_eps': cfg.norm_eps,
       'rope_theta': cfg.theta,
     }
-  return shared | {
-    'model_type': 'opt',
-    'architectures': ['OPTForCausalLM'],
-    'ffn_dim': cfg.ffn,
-    'activation_function': activation,
-    'do_layer_norm_before': cfg.pre_norm,
-    'word_embed_proj_dim': cfg.embed_width or cfg.d,
-    'dropout': 0.0,
-  }
+  else:
+    out = shared | {
+      'model_type': 'opt',
+      'architectures': ['OPTForCausalLM'],
+      'ffn_dim': cfg.ffn,
+      'activation_function': activation,
+      'do_layer_norm_before': cfg.pre_norm,
+      'word_embed_proj_dim': cfg.embed_width or cfg.d,
+      'dropout': 0.0,
+    }
+  ours, theirs = _architecture(cfg), _architecture(config(out))
+  if lost := sorted(name for name in ours if ours[name] != theirs[name]):
+    raise ConfigError(f'their classes have no such {", ".join(lost)}: it cannot be exported')
+  return out
+
+
+def _architecture(cfg: LmConfig) -> dict[str, Any]:
+  """What the answers depend on, written out."""
+  out = dataclasses.asdict(cfg) | {'kv_heads': cfg.groups, 'head_width': cfg.width}
+  for name in ('dtype', 'activation_dtype', 'scan_layers', 'remat', 'execution', 'dropout'):
+    del out[name]
+  unread = ('position_offset',) if cfg.positions == 'rotary' else ('theta',)
+  return {k: v for k, v in out.items() if k not in (*unread, 'add_bos')}
 
 
 def _check_heads(cfg: LmConfig) -> None:

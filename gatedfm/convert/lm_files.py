@@ -40,7 +40,7 @@ def bring(
   dtype: str,
   say: Callable[[str], None],
   mesh: Any = None,
-  products: str = 'float32',
+  computed: str = 'float32',
 ) -> LmCheckpoint:
   """Imports a model into a new workdir.
 
@@ -51,7 +51,8 @@ def bring(
     dtype: `float32`, `bfloat16` or `float16`, that parameters are kept in.
     say: is told what is done.
     mesh: devices to lay the parameters out on (`partitioning`); None takes the first device.
-    products: `float32` or `bfloat16`, type of the operands of its matrix products from now on.
+    computed: `float32` or `bfloat16`, of its matrix products' operands and activations, keys and
+      values among them.
 
   Raises:
     DataError, ConfigError, WorkdirError: before anything is written.
@@ -67,7 +68,7 @@ def bring(
     file = gguf_file.GgufFile(path)
     theirs, tensors = file.config(), file.tensors()
     tokenizer = LmTokenizer(file.tokenizer())
-  cfg = dataclasses.replace(hf.config(theirs), dtype=products)
+  cfg = dataclasses.replace(hf.config(theirs), dtype=computed, activation_dtype=computed)
   if tokenizer is not None:
     cfg = dataclasses.replace(cfg, add_bos=tokenizer.begins_with(cfg.bos))
   _check_tokenizer(tokenizer, cfg, path)
@@ -101,7 +102,7 @@ def config_of(model: str) -> LmConfig:
   """
   if model == 'smollm2':
     return lm_config.smollm2()
-  if model.startswith('opt-'):
+  if model.startswith('opt-') and not Path(model).exists():
     return lm_config.opt(model.removeprefix('opt-'))
   path = Path(model).expanduser() / checkpoints.CONFIG
   try:
@@ -148,29 +149,46 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
   model = _plain(workdir, folder)
   about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
   folder.mkdir(parents=True, exist_ok=True)
-  weights, total, part = {}, 0, {}
-  parts: list[dict[str, np.ndarray]] = []
-  for name, array in hf.to_theirs(model.params, model.cfg):
-    array = np.ascontiguousarray(array.astype(DTYPES[dtype]))
-    if part and sum(a.nbytes for a in part.values()) + array.nbytes > SHARD_BYTES:
-      parts.append(part)
-      part = {}
-    part[name] = array
-    total += array.nbytes
-  parts.append(part)
-  for i, part in enumerate(parts):
+  arrays = dict(hf.to_theirs(model.params, model.cfg))
+  sizes = {name: a.size * np.dtype(DTYPES[dtype]).itemsize for name, a in arrays.items()}
+  parts, weights, total = _shards(sizes), {}, sum(sizes.values())
+  for i, names in enumerate(parts):
     file = 'model.safetensors'
     if len(parts) > 1:
       file = f'model-{i + 1:05}-of-{len(parts):05}.safetensors'
+    part = {name: np.ascontiguousarray(arrays.pop(name).astype(DTYPES[dtype])) for name in names}
     atomic.write_bytes(folder / file, safetensors_numpy.save(part, {'format': 'pt'}))
-    weights |= dict.fromkeys(part, file)
+    weights |= dict.fromkeys(names, file)
   if len(parts) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weights}
     atomic.write_text(folder / tensor_files.NAMES[0], json.dumps(index, indent=1) + '\n')
   if model.tokenizer is not None:
     model.tokenizer.save(folder / 'tokenizer.json')
+    atomic.write_text(folder / 'tokenizer_config.json', _about_tokens(model) + '\n')
   atomic.write_text(folder / 'config.json', json.dumps(about, indent=1) + '\n')
   say(f'{folder}: {total / 1e6:.0f} MB in {len(parts)} file(s)')
+
+
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+  """Names that go into a file together, of `SHARD_BYTES` at most where they can."""
+  out, room = [[]], SHARD_BYTES
+  for name, size in sizes.items():
+    if out[-1] and size > room:
+      out.append([])
+      room = SHARD_BYTES
+    out[-1].append(name)
+    room -= size
+  return out
+
+
+def _about_tokens(model: LmCheckpoint) -> str:
+  """A `tokenizer_config.json`: what the special tokens are called."""
+  cfg = model.cfg
+  about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.max_tokens}
+  for name in ('bos', 'eos', 'pad'):
+    if getattr(cfg, name) >= 0:
+      about[f'{name}_token'] = model.tokenizer.name(getattr(cfg, name))
+  return json.dumps(about | {'add_bos_token': cfg.add_bos}, indent=1)
 
 
 def export_plain(workdir: Path, folder: Path, say: Callable[[str], None]) -> None:

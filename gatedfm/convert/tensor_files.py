@@ -61,7 +61,9 @@ def in_folder(folder: Path) -> dict[str, LazyTensor]:
     parts = json.loads(found.read_text())['weight_map']
     files = {part: in_file(folder / part) for part in sorted(set(parts.values()))}
     return {name: files[part][name] for name, part in parts.items()}
-  except (KeyError, TypeError, ValueError) as e:
+  except DataError:
+    raise
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
     raise DataError(f'{found}: not an index of the files beside it ({e!r})') from None
 
 
@@ -115,6 +117,11 @@ class _View:
 
 
 def _view(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _View:
+  numbers = (offset, *shape, *strides)
+  if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
+    raise pickle.UnpicklingError('a tensor without a storage, or of a shape that is no numbers')
+  if len(shape) != len(strides):
+    raise pickle.UnpicklingError('a tensor with other numbers of axes and of strides')
   return _View(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -166,7 +173,8 @@ def _torch(path: Path) -> dict[str, LazyTensor]:
     ) from None
   except Exception as e:  # whatever a damaged or hostile pickle raises
     raise DataError(f'{path}: its pickle is not one of plain tensors: {e}') from None
-  if not isinstance(state, dict) or not all(isinstance(v, _View) for v in state.values()):
+  named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+  if not named or not all(isinstance(v, _View) for v in state.values()):
     raise DataError(f'{path} holds something else than named tensors')
   return {name: _lazy(path, raw, view, spans) for name, view in state.items()}
 

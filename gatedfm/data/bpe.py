@@ -61,6 +61,10 @@ class LmTokenizer:
     """Tokens that there are."""
     return self._tokenizer.get_vocab_size()
 
+  def name(self, token: int) -> str | None:
+    """What a token is called; None where there is none of that number."""
+    return self._tokenizer.id_to_token(token)
+
   def begins_with(self, token: int) -> bool:
     """Whether those who made it put this token before a text."""
     return self._tokenizer.encode('a').ids[:1] == [token]

@@ -48,7 +48,9 @@ class LmBatch:
   number: np.ndarray
 
 
-def batches(pairs: Sequence[Pair], room: int, most: int, pad: int = 0) -> Iterator[LmBatch]:
+def batches(
+  pairs: Sequence[Pair], room: int, most: int, pad: int = 0, rows: int | None = None
+) -> Iterator[LmBatch]:
   """All pairs once, the longest first; how many there are in a batch follows from its length.
 
   Args:
@@ -56,6 +58,7 @@ def batches(pairs: Sequence[Pair], room: int, most: int, pad: int = 0) -> Iterat
     room: tokens of a batch, B times L, or one example where that is longer.
     most: tokens that the model has positions for; longer contexts lose their beginning.
     pad: token that fills rows.
+    rows: B at most; None leaves it to `room`.
 
   Raises:
     DataError: a target that alone is longer than that.
@@ -68,9 +71,9 @@ def batches(pairs: Sequence[Pair], room: int, most: int, pad: int = 0) -> Iterat
     numbers.sort(key=lambda number: -len(cut[number]))
     while numbers:
       length = padded_length(len(cut[numbers[0]]), most)
-      rows = max(1, room // length)
-      yield _batch(cut, numbers[:rows], rows, length, targets, pad)
-      del numbers[:rows]
+      number = max(1, min(room // length, rows or room))
+      yield _batch(cut, numbers[:number], number, length, targets, pad)
+      del numbers[:number]
 
 
 def _cut(pair: Pair, most: int) -> Pair:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import pickle
 from collections.abc import Sequence
@@ -137,14 +138,15 @@ def from_file(path: Path) -> Task:
     DataError: naming the line and the mend.
   """
   try:
-    text = path.read_text(encoding='utf-8')
+    text = path.read_text(encoding='utf-8-sig')  # Excel puts a mark in front
   except (OSError, UnicodeDecodeError) as e:
     raise DataError(f'{path} cannot be read: {e}') from None
   questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
   if path.suffix == '.csv':
-    rows = [(i + 2, row) for i, row in enumerate(csv.DictReader(text.splitlines()))]
+    reader = csv.DictReader(io.StringIO(text, newline=''))
+    rows = [(reader.line_num, row) for row in reader]
   else:
-    rows = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
+    rows = [(i + 1, line) for i, line in enumerate(text.split('\n')) if line.strip()]
   for number, row in rows:
     try:
       row = (
@@ -163,8 +165,10 @@ def from_file(path: Path) -> Task:
 
 
 def _question(row: dict[str, Any]) -> tuple[str, Question]:
-  context, choices = row['context'], tuple(c.strip() for c in row['choices'])
-  answer = row['answer']
+  context, choices, answer = row['context'], row['choices'], row['answer']
+  if not isinstance(choices, list) or not isinstance(answer, int | str):
+    raise ValueError('choices are a list, the answer is one of them or its number')
+  choices = tuple(c.strip() for c in choices)
   if not context.strip() or len(choices) < 2 or not all(choices):
     raise ValueError('an empty context, or fewer than two choices')
   if isinstance(answer, str) and answer.strip() in choices:

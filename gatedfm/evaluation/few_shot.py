@@ -27,6 +27,7 @@ from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.lm_losses import Prefix, losses, read_prefix
 
 LEAST = 24  # tokens of a prefix that is worth a program of its own
+PREFIXES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Evaluator:
     cfg, params: of the model, in either layout, or compacted.
     tokenizer: its own.
     fixed: gates that compaction has fixed, else None.
-    room: tokens at a time, B times L.
+    room: tokens at a time, B times L; of what prompts begin with, `PREFIXES` times as many.
     most: tokens of a prompt at most; longer ones lose their beginning.
     execution: `skip` saves the time of modules whose gates are closed, `mask` computes them.
   """
@@ -181,7 +182,7 @@ class Evaluator:
   ) -> None:
     """All choices of a prompt at once: each is a token after it."""
     pairs = [Pair(context, choices[0]) for context, choices in encoded]
-    for b in self._batches(pairs):
+    for b in self._batches(pairs, prefix):
       answers_BxC = np.zeros((len(b.number), out.shape[1]), np.int32)
       real = np.flatnonzero(b.number >= 0)
       for row in real:
@@ -198,12 +199,14 @@ class Evaluator:
     self, pairs: Sequence[Pair], gates: Gates, prefix: Prefix | None = None
   ) -> Iterable[tuple[LmBatch, np.ndarray]]:
     """Each batch with its targets' losses, `[B, P]`."""
-    for b in self._batches(pairs):
+    for b in self._batches(pairs, prefix):
       args = self._params, b.tokens, b.mask, b.at, gates, prefix
       yield b, np.asarray(self._targets((b.tokens.shape, b.at.shape, _length(prefix)), *args))
 
-  def _batches(self, pairs: Sequence[Pair]) -> Iterable[LmBatch]:
-    return lm_batches.batches(pairs, self._room, self._most, self._cfg.padding)
+  def _batches(self, pairs: Sequence[Pair], prefix: Prefix | None) -> Iterable[LmBatch]:
+    # Each row has a copy of the prefix's keys and values.
+    rows = None if prefix is None else max(1, PREFIXES * self._room // _length(prefix))
+    return lm_batches.batches(pairs, self._room, self._most, self._cfg.padding, rows)
 
   def ask(
     self,

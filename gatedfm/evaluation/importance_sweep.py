@@ -67,7 +67,8 @@ class ImportanceConfig:
     checkpoint: folder of a language model, or `smollm2`, which is then imported into the workdir.
     tasks: sets of StaICC, or files; scored on their training split, asked on `split`.
     shots: answered questions in front of each, the same for all questions of a seed.
-    seeds: of questions and shots; random scores are drawn anew for each, but where there is repair.
+    seeds: of shots, each with other questions; random scores are drawn anew for each, but where
+      there is repair. Intervals are of questions, given the shots that were drawn.
     questions: per task, number of shots and seed.
     examples: of each task and number of shots, that scores are taken on; removals: of the oracle.
     aggregation: of their scores, see `scorers.aggregate`.

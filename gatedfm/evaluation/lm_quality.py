@@ -22,7 +22,8 @@ class Questions:
 
   Attributes:
     tasks: of `questions.load`; shots: in front of each question.
-    seeds: how many draws of questions and shots, from 0 on.
+    seeds: how many draws of shots, from 0 on, each for other questions as long as there are
+      enough. Intervals are of questions, given the shots that were drawn.
     number: of questions, per task, number of shots and seed.
     split: that they are of.
     shared: whether all questions of a draw have the same shots, which are then read once.
@@ -49,17 +50,30 @@ class Questions:
 
 
 def evaluate(
-  checkpoint: Path, asked: Questions, say: Callable[[str], None] = lambda line: None
+  checkpoint: Path,
+  asked: Questions,
+  say: Callable[[str], None] = lambda line: None,
+  mesh: Any = None,
 ) -> dict[str, Any]:
   """Accuracies by number of shots, plain and calibrated, each with its 95% interval; perplexity.
+
+  Args:
+    checkpoint: of the model, dense or pruned.
+    asked: what it is asked.
+    say: is told each result.
+    mesh: devices that share the model (`partitioning`); None takes the first.
 
   Raises:
     ConfigError, DataError, CheckpointError: before anything is computed.
   """
   asked.validate()
   tasks = [questions.load(name) for name in asked.tasks]
+  if len({task.name for task in tasks}) < len(tasks):
+    raise ConfigError('two tasks of one name: rename a file')
+  for task, shots in itertools.product(tasks, asked.shots):
+    questions.sample(task, asked.split, 1, shots, 0)  # raises where there are too few
   text = _read(asked.text) if asked.text else None
-  model = lm_workdir.load(checkpoint)
+  model = lm_workdir.load(checkpoint, mesh)
   if model.tokenizer is None:
     raise DataError(f'{checkpoint} has no tokenizer beside it: import it again, with its own')
   evaluator = Evaluator(model.cfg, model.params, model.tokenizer, model.fixed())
@@ -74,12 +88,16 @@ def evaluate(
       answered.append(evaluator.ask(task, *how))
       say(f'{task.name}, {shots} shots, seed {seed}: {answered[-1].correct.mean():.1%}')
     out[f'plain_{shots}'] = _scores(answered)
-    if all(a.blank is not None for a in answered):
-      out[f'calibrated_{shots}'] = _scores([a.calibrated() for a in answered])
+    # Of the tasks that can be; which they are stands beside the number.
+    calibrated = [a.calibrated() for a in answered if a.blank is not None]
+    if calibrated:
+      out[f'calibrated_{shots}'] = _scores(calibrated)
     for kind in ('plain', 'calibrated'):
       if found := out.get(f'{kind}_{shots}'):
         low, high = found['interval']
-        say(f'{shots} shots, {kind}: {found["accuracy"]["mean"]:.1%} ({low:.1%} to {high:.1%})')
+        of = '' if len(found['tasks']) == len(tasks) else f' of {", ".join(found["tasks"])}'
+        mean = found['accuracy']['mean']
+        say(f'{shots} shots, {kind}{of}: {mean:.1%} ({low:.1%} to {high:.1%})')
   return out
 
 
@@ -87,7 +105,8 @@ def _scores(answered: list) -> dict[str, Any]:
   correct = [bool(c) for a in answered for c in a.correct]
   counts = metrics.accuracy(correct, [a.task for a in answered for _ in a.correct])
   bounds = metrics.interval(counts)
-  return {'accuracy': counts.scores(), 'interval': [bounds.low, bounds.high]}
+  out = {'tasks': sorted({a.task for a in answered}), 'accuracy': counts.scores()}
+  return out | {'interval': [bounds.low, bounds.high]}
 
 
 def _read(path: str) -> str:

@@ -14,15 +14,18 @@ from gatedfm import clock
 from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models.lm import for_inference
 
+WRITES = 16
+
 
 def side_by_side(
-  models: Mapping[str, LmCheckpoint], tokens: int = 512, rounds: int = 7, writes: int = 16
+  models: Mapping[str, LmCheckpoint], tokens: int = 512, rounds: int = 7, writes: int = WRITES
 ) -> dict[str, dict[str, Any]]:
   """Times models, one text at a time.
 
   Args:
     models: by name; ratios are of the first.
-    tokens: of the text, and columns of the cache beside those that are written.
+    tokens: of the text, and columns of the cache beside those that are written; fewer where the
+      models have no positions for both.
     rounds: side by side, in alternating order, after compilation.
     writes: tokens written in a row, whose mean counts.
 
@@ -31,6 +34,7 @@ def side_by_side(
   """
   calls: dict[str, dict[str, Any]] = {'prefill': {}, 'token': {}}
   compiled = {}
+  tokens = min(tokens, *(model.cfg.max_tokens - writes for model in models.values()))
   for name, model in models.items():
     start = time.perf_counter()
     calls['prefill'][name], calls['token'][name] = _calls(model, tokens, writes)

@@ -102,6 +102,7 @@ def run(
   if dense.cut is not None:
     raise ConfigError(f'{checkpoint} was pruned before: start from the model that it was cut from')
   origin = provenance.collect('gatedfm.prune')
+  _try_out(dense, how)
   start = time.perf_counter()
   scores = score(dense, how, say)
   seconds = time.perf_counter() - start
@@ -133,6 +134,16 @@ def run(
   return report
 
 
+def _try_out(dense: LmCheckpoint, how: Pruning) -> None:
+  """Raises for texts that cannot be read and budgets that cannot be kept, whatever is scored."""
+  for name in how.calibration:
+    texts(name, dense, how)
+  budget = allocation.parse_budget(how.budget)
+  if 'latency' not in budget:
+    drawn = scorers.random(Calibrated(dense.cfg, dense.params))
+    in_steps(lambda closed: drawn, budget, dense.cfg, how.steps, how.allocation)
+
+
 def close(dense: LmCheckpoint, scores: Scores, how: Pruning, say: Callable[[str], None]) -> Gates:
   """The gates that keep the budget, `scores` being those of the dense model."""
   budget = allocation.parse_budget(how.budget)
@@ -161,7 +172,7 @@ def score(
   of = lambda stats: scorer.score(Calibrated(dense.cfg, dense.params, stats, how.seed))
   if not scorer.needs:
     return of(None)
-  each = []
+  each, sites = [], allocation.sites(allocation.parse_budget(how.budget), how.allocation)
   for name in how.calibration:
     pairs = texts(name, dense, how)
     batches = lm_batches.batches(
@@ -169,7 +180,7 @@ def score(
     )
     tell = lambda line, name=name: say(f'{name}: {line}')
     each.append(
-      of(calibration.collect(dense.cfg, dense.params, batches, scorer.needs, tell, closed))
+      of(calibration.collect(dense.cfg, dense.params, batches, scorer.needs, tell, closed, sites))
     )
   return scorers.aggregate(each, how.aggregation)
 
@@ -217,7 +228,7 @@ def within_latency(
   """Closes so many MACs that reading a text takes `1 - share` of the dense model's measured time.
 
   Raises:
-    ConfigError: not even all that may be closed would do.
+    ConfigError: none of the trials came as low.
   """
   low, high, best = 0.0, 1.0, None
   for trial in range(trials):
@@ -237,7 +248,8 @@ def within_latency(
       low = macs
   if best is None:
     raise ConfigError(
-      f'latency:{share} cannot be had by closing {", ".join(how.allocation.over)}: ask for less'
+      f'latency:{share} was not reached in {trials} trials of closing '
+      f'{", ".join(how.allocation.over)}: ask for less'
     )
   return best
 

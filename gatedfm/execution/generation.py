@@ -46,8 +46,8 @@ class Sampling:
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, for what cannot be done."""
-    if self.temperature < 0:
-      raise ConfigError(f'temperature is {self.temperature}; it must not be negative')
+    if not 0 <= self.temperature < float('inf'):
+      raise ConfigError(f'temperature is {self.temperature}; it must be 0 or more')
     if not 0 < self.top_p <= 1:
       raise ConfigError(f'top_p is {self.top_p}; it must lie above 0 and not above 1')
     if self.top_p < 1 and not self.temperature:

@@ -222,10 +222,11 @@ class LmDecoder(nn.Module):
   def logits(self, x_BxLxD: jax.Array) -> jax.Array:
     """`[..., D] -> [..., V]` float32."""
     cfg = self.cfg
-    if not cfg.tied:
-      return self.output(x_BxLxD).astype(jnp.float32)
     x = self.project_out(x_BxLxD) if cfg.embed_width else x_BxLxD
-    return layers.dot(x, self.embedding.T, jnp.dtype(cfg.dtype)).astype(jnp.float32)
+    x = x.astype(jnp.float32)  # a product is returned in its input's type
+    if not cfg.tied:
+      return self.output(x)
+    return layers.dot(x, self.embedding.T, jnp.dtype(cfg.dtype))
 
   def start(self, batch: int, length: int, gates: stack_lib.Gates) -> list[attention.KeyValue]:
     """One empty cache per layer; needs the unrolled layout."""

@@ -71,7 +71,8 @@ def of_gates(cfg: LmConfig, tokens: int) -> dict[str, Cost]:
   """
   d, k, size = cfg.d, cfg.width, np.dtype(cfg.activation_dtype).itemsize
   bias, pairs = int(cfg.use_bias), tokens * (tokens + 1) // 2
-  norm = d * (2 if cfg.norm == 'layer' else 1)
+  # A norm that stands after the sum stays when its module goes.
+  norm = d * (2 if cfg.norm == 'layer' else 1) if cfg.pre_norm else 0
   make = lambda matrices, rest, more=0: Cost(
     matrices + rest, matrices * tokens + more, (matrices + rest) * size
   )

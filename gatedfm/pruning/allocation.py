@@ -51,6 +51,8 @@ class Allocation:
   tokens: int = 512
 
   def __post_init__(self):
+    if not self.over:
+      raise ConfigError(f'over is empty: name some of {", ".join(NAMES)}')
     for name in self.over:
       choice('over', name, tuple(NAMES))
     for pair in (('heads', 'attention'), ('ffn', 'channels')):
@@ -120,9 +122,11 @@ def allocate(
 ) -> Gates:
   """Closes the lowest scores.
 
-  Of a budget by site, of each site `int(share * gates)`. Of one in `params` or `macs`, of all
-  sites that `how.over` names together those of least score for their cost, until that share of
-  the model's is gone (keys and values count where all their heads go together: `how.groups`).
+  Of a budget by site, of each site `int(share * gates)`; where layers are `uniform`, of each the
+  number nearest to its share, and where `bucketed`, what multiples of the bucket come to. Of one
+  in `params` or `macs`, of all sites that `how.over` names together those of least score for their
+  cost, until that share of the model's is gone (keys and values count where all their heads go
+  together: `how.groups`).
 
   Args:
     scores: `[N]` or `[N, U]` by site.
@@ -140,6 +144,8 @@ def allocate(
   check(budget, how, tuple(scores))
   costs, names = set(budget) & set(COSTS), sites(budget, how)
   known = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites(), Site(LAYER, cfg.layers))}
+  if HEADS in names and cfg.heads == 1:
+    raise ConfigError('its layers have one head each: close attention instead')
   before = {} if closed is None else dict(closed.values)
   if LAYER in names and before:
     before[LAYER] = np.maximum(before[ATTENTION], before[FFN])
@@ -209,10 +215,11 @@ def _worth(rows, price: float, cfg: LmConfig, how: Allocation, name: str, before
     gone = np.asarray(before).reshape(*rows.shape, -1).max(-1) == 0
     worth = np.where(gone, -np.inf, worth)
   floor = -(-how.floor * rows.shape[1] // cfg.heads) if name == HEADS else how.floor
-  if rows.shape[1] > 1 and floor:
-    rank = np.argsort(np.argsort(-rows, 1, kind='stable'), 1)
-    worth = np.where(rank < floor, np.inf, worth)
-  return worth
+  # A floor of modules is of the whole model, what is closed already not among them.
+  of_each = worth if rows.shape[1] > 1 else worth.T
+  rank = np.argsort(np.argsort(-of_each, 1, kind='stable'), 1)
+  spared = np.where((rank < floor) & (of_each > -np.inf), np.inf, of_each)
+  return spared if rows.shape[1] > 1 else spared.T
 
 
 def _check_finite(name: str, score: np.ndarray) -> None:
@@ -233,6 +240,11 @@ def _close(score, share, site: Site, cfg: LmConfig, how: Allocation, before) -> 
   open_NxU = _open(rows, share, how, -(-how.floor // together), site.name)
   if site.units == 1:
     open_NxU = open_NxU.T
+  if share * open_NxU.size >= 1 and open_NxU.all():
+    raise ConfigError(
+      f'{site.name}: {how.shape} layers of {rows.shape[1]} close nothing of {share:.0%}: ask for '
+      'more, or for another shape'
+    )
   return np.repeat(open_NxU, together, 1).reshape(score.shape).astype(np.float32)
 
 
@@ -247,7 +259,7 @@ def _open(rows: np.ndarray, share: float, how: Allocation, floor: int, name: str
   rank = np.empty((n, u), int)
   rank[np.arange(n)[:, None], np.argsort(-rows, 1, kind='stable')] = np.arange(u)
   if how.shape == 'uniform':
-    return rank < u - int(share * u)
+    return rank < max(u - round(share * u), floor)
   spared = np.where(rank < floor, np.inf, rows)
   order = np.argsort(spared, axis=None, kind='stable')
   open_NxU = np.ones(n * u, bool)
@@ -255,8 +267,10 @@ def _open(rows: np.ndarray, share: float, how: Allocation, floor: int, name: str
   open_NxU = open_NxU.reshape(n, u)
   if how.shape == 'ragged':
     return open_NxU
-  kept_N = np.round(open_NxU.sum(1) / how.bucket).astype(int) * how.bucket
-  return rank < np.clip(kept_N, floor, u)[:, None]
+  left_N = open_NxU.sum(1)
+  kept_N = np.round(left_N / how.bucket).astype(int) * how.bucket
+  # A layer that has lost nothing stays as it is, whether or not buckets fill it.
+  return rank < np.where(left_N == u, u, np.clip(kept_N, floor, u))[:, None]
 
 
 def combine(parts: Sequence[Gates]) -> Gates:

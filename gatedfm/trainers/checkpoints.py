@@ -130,11 +130,11 @@ def latest_step(workdir: Path) -> int:
   """
   folder = workdir / FOLDER
   if not folder.is_dir():
-    raise CheckpointError(f'{workdir} has no checkpoints; give the workdir of a training run')
+    raise CheckpointError(f'{workdir} has no checkpoints; give the workdir of a model')
   # What is still being written, by a run that goes on, has a longer name.
   steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
   if not steps:
-    raise CheckpointError(f'{folder} holds no complete checkpoint; train first')
+    raise CheckpointError(f'{folder} holds no complete checkpoint; train, or import it, first')
   return max(steps)
 
 
@@ -165,7 +165,10 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   context.pytree.loading.partial_load = True
   with context:
     path = str((folder / str(step)).absolute())
-    return ocp.load(path, {'params': target}, checkpointable_name='state')['params']
+    try:
+      return ocp.load(path, {'params': target}, checkpointable_name='state')['params']
+    except (KeyError, OSError, TypeError, ValueError) as e:  # whatever a file cut short makes of it
+      raise CheckpointError(f'{path} is damaged: {e}') from e
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -186,7 +189,10 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
   """
   path = workdir / CONFIG
   if path.exists():
-    config = json.loads(path.read_text())
+    try:
+      config = json.loads(path.read_text())
+    except ValueError as e:
+      raise CheckpointError(f'{path} is damaged: {e}') from None
     if KINDS[kind] not in config:
       raise CheckpointError(
         f'{workdir} does not hold a {kind} model: give the workdir of a training run to the '

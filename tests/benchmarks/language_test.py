@@ -44,8 +44,8 @@ def test_scoring(fast_compilation):
     ({'suite': 'chat'}, 'suite is'),
     ({'budgets': ('macs:0.5',)}, 'name what is closed'),
     ({'budgets': ()}, 'budgets one at least'),
-    ({'tokens': 4}, 'between 8 and 32'),
-    ({'tokens': 33}, 'between 8 and 32'),
+    ({'tokens': 4}, 'between 8 and 16'),
+    ({'tokens': 33}, 'between 8 and 16'),
     ({'rounds': 0}, 'rounds must be positive'),
   ],
 )

@@ -1,5 +1,8 @@
 """GGUF files give the matrices, options and tokens that were written into them."""
 
+import json
+
+import gguf
 import numpy as np
 import pytest
 import tiny_gguf
@@ -7,6 +10,7 @@ import tiny_gguf
 from gatedfm.convert import gguf_file, hf, lm_files
 from gatedfm.data.types import DataError
 from gatedfm.execution import lm_workdir
+from gatedfm.models.speech_config import ConfigError
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -44,6 +48,31 @@ def test_an_import_dequantises(tmp_path):
   assert t.decode(t.encode('abc ab 12')) == 'abc ab 12'
   assert t.encode('<|start|>a')[0] == 1
   assert t.decode([1, 2]) == 'a'
+
+
+@pytest.mark.parametrize('begins', [True, False])
+def test_what_texts_begin_with(tmp_path, begins):
+  tiny_gguf.write(tmp_path / 'a.gguf', begins=begins)
+  silent = lambda line: None
+  model = lm_files.bring('gguf', tmp_path / 'a.gguf', tmp_path / 'own', 'float32', silent)
+  assert model.cfg.bos == 1
+  assert model.cfg.start == ((1,) if begins else ())
+  assert lm_workdir.load(tmp_path / 'own').cfg.start == model.cfg.start
+  # Whoever imports it again knows it too.
+  lm_files.export(tmp_path / 'own', tmp_path / 'hf', 'float32', silent)
+  again = lm_files.bring('hf', tmp_path / 'hf', tmp_path / 'again', 'float32', silent)
+  assert again.cfg.start == model.cfg.start
+  about = json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())
+  assert (about['bos_token'], about['eos_token']) == ('<|start|>', '<|end|>')
+  assert 'pad_token' not in about
+
+
+def test_scaled_positions_are_refused(tmp_path):
+  tiny_gguf.write(tmp_path / 'a.gguf', scaling=gguf.RopeScalingType.LINEAR)
+  with pytest.raises(ConfigError, match='rope_scaling is .*linear'):
+    hf.config(gguf_file.GgufFile(tmp_path / 'a.gguf').config())
+  tiny_gguf.write(tmp_path / 'b.gguf', scaling=gguf.RopeScalingType.NONE)
+  hf.config(gguf_file.GgufFile(tmp_path / 'b.gguf').config())
 
 
 def test_other_files(tmp_path):

@@ -83,9 +83,9 @@ def test_an_export_is_imported_as_it_was(saved, tmp_path):
 def test_parameters_of_another_type(saved, tmp_path):
   folder, model = saved
   wide = 'bfloat16'
-  lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', wide, silent, products=wide)
+  lm_files.bring('hf', folder / 'theirs', tmp_path / 'new', wide, silent, computed=wide)
   loaded = lm_workdir.load(tmp_path / 'new')
-  assert loaded.cfg.dtype == wide
+  assert (loaded.cfg.dtype, loaded.cfg.activation_dtype) == (wide, wide)
   want = jax.tree.map(lambda a: np.asarray(a).astype(lm_files.DTYPES['bfloat16']), model.params)
   same(loaded.params, want)
 
@@ -234,13 +234,37 @@ def test_oldest_names_of_opt(tmp_path):
     ({'model_type': 'gpt2'}, "model_type is 'gpt2'; ours reads opt and llama"),
     ({'activation_function': 'tanh'}, "activation 'tanh'"),
     ({'_remove_final_layer_norm': True}, '_remove_final_layer_norm is True'),
-    ({'hidden_size': None}, r'int|None'),
+    ({'hidden_size': None}, "config.json has no 'hidden_size'"),
+    ({'hidden_size': '12'}, "hidden_size is '12'; it must be a whole number above 0"),
+    ({'num_hidden_layers': 2.0}, 'num_hidden_layers is 2.0'),
+    ({'num_attention_heads': 0}, 'num_attention_heads is 0'),
+    ({'eos_token_id': '</s>'}, "eos_token_id is '</s>'; it must be a number"),
   ],
 )
 def test_options_that_ours_has_not(change, message):
   theirs = hf.to_config(KINDS['opt']) | change
-  with pytest.raises((ConfigError, TypeError), match=message):
+  with pytest.raises(ConfigError, match=message):
     hf.config(theirs)
+
+
+def test_options_of_no_kind():
+  with pytest.raises(ConfigError, match='named options'):
+    hf.config([1])
+  assert hf.config(hf.to_config(KINDS['opt']) | {'eos_token_id': []}).eos == -1
+  assert hf.config(hf.to_config(KINDS['opt']) | {'pad_token_id': None}).pad == -1
+
+
+@pytest.mark.parametrize(
+  ('kind', 'change', 'lost'),
+  [
+    ('opt', {'norm_eps': 1e-3}, 'norm_eps'),
+    ('opt', {'position_offset': 0}, 'position_offset'),
+    ('llama', {'norm': 'layer', 'use_bias': True}, 'norm, use_bias'),
+  ],
+)
+def test_what_their_classes_cannot_hold(kind, change, lost):
+  with pytest.raises(ConfigError, match=f'have no such {lost}: it cannot be exported'):
+    hf.to_config(dataclasses.replace(KINDS[kind], **change))
 
 
 def test_refusals(saved, tmp_path):

@@ -9,7 +9,7 @@ TOKENS = ['<|end|>', '<|start|>', *'abcdefgh123', 'Ġ', 'ab', 'Ġa', 'abc']
 MERGES = ['a b', 'Ġ a', 'ab c']
 
 
-def write(path, quantised=True, architecture='llama', tied=True):
+def write(path, quantised=True, architecture='llama', tied=True, begins=False, scaling=None):
   """Writes the file; returns its matrices in Hugging Face's layout, before quantisation."""
   rng, writer = np.random.default_rng(0), gguf.GGUFWriter(path, architecture)
   writer.add_block_count(LAYERS)
@@ -28,6 +28,9 @@ def write(path, quantised=True, architecture='llama', tied=True):
   writer.add_token_types(kinds)
   writer.add_token_merges(MERGES)
   writer.add_bos_token_id(1)
+  writer.add_add_bos_token(begins)
+  if scaling:
+    writer.add_rope_scaling_type(scaling)
   writer.add_eos_token_id(0)
   out = {}
 

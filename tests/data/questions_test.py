@@ -77,9 +77,27 @@ def test_ones_own_files(tmp_path):
   assert questions.load(str(table)).questions == task.questions
 
 
+def test_texts_of_several_lines(tmp_path):
+  """As Excel writes them; and what JSON leaves unescaped that Python would end a line at."""
+  table = tmp_path / 'a.csv'
+  head, fine = '\ufeffcontext,choices,answer,split\n', '"line one\nline two",x|y,x,test\n'
+  table.write_bytes(f'{head}{fine}"no end,x|y,z,test\n'.encode())
+  with pytest.raises(DataError, match='line 4: '):
+    questions.load(str(table))
+  table.write_bytes(f'{head}{fine}'.encode())
+  [question] = questions.load(str(table)).questions['test']
+  assert question.context == 'line one\nline two'
+  lines = tmp_path / 'a.jsonl'
+  row = {'context': 'one\u2028two', 'choices': ['x', 'y'], 'answer': 0, 'split': 'test'}
+  lines.write_text(json.dumps(row, ensure_ascii=False) + '\n')
+  assert questions.load(str(lines)).questions['test'][0].context == 'one\u2028two'
+
+
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
+    ('{"context": "a", "choices": "yes", "answer": 0}', 'choices are a list'),
+    ('{"context": "a", "choices": ["b", "c"], "answer": 0.9}', 'the answer is one of them'),
     ('{"context": "a", "choices": ["b", "c"]}', "line 1: has no 'answer'"),
     ('{"context": "a", "choices": ["b"], "answer": 0}', 'fewer than two choices'),
     ('{"context": " ", "choices": ["b", "c"], "answer": 0}', 'an empty context'),
@@ -122,3 +140,12 @@ def test_shots_are_of_training_and_never_the_question():
     questions.sample(task, 'train', 4, 6, 0)
   with pytest.raises(DataError, match='no questions for test'):
     questions.sample(task, 'test', 4, 0, 0)
+
+
+def test_seeds_ask_other_questions():
+  task = Task('t', {'train': [], 'validation': [], 'test': [question(i) for i in range(10)]})
+  drawn = [{q.context for q, _ in questions.sample(task, 'test', 3, 0, s)} for s in range(4)]
+  assert all(len(contexts) == 3 for contexts in drawn)
+  assert len(set.union(*drawn[:3])) == 9
+  assert len(set.union(*drawn)) == 10
+  assert len(questions.sample(task, 'test', 30, 0, 2)) == 10

@@ -10,6 +10,7 @@ import tiny_speech
 from flax import traverse_util
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gatedfm import partitioning
 from gatedfm.data import lm_batches
 from gatedfm.data.bpe import LmTokenizer
 from gatedfm.data.types import DataError
@@ -97,6 +98,14 @@ def test_compacted_models_write_what_masked_ones_would(gates):
   small = lm_workdir.compacted(model('llama'), gates, {})
   written = Generator(small).generate(PROMPTS, MOST)
   assert [list(w.tokens) for w in written] == [naive('llama', p, gates=gates) for p in PROMPTS]
+
+
+def test_devices_that_share_a_model_write_the_same(tmp_path):
+  lm_workdir.save(tmp_path / 'model', model('llama'))
+  shared = lm_workdir.load(tmp_path / 'model', partitioning.make_mesh(1, 4, 2))
+  assert len(jax.tree.leaves(shared.params)[0].sharding.device_set) == 8
+  written = Generator(shared).generate(PROMPTS, MOST)
+  assert [list(w.tokens) for w in written] == [naive('llama', prompt) for prompt in PROMPTS]
 
 
 def test_texts_end_each_at_its_own_place():

@@ -83,8 +83,14 @@ def test_a_closed_layer_passes_on_what_it_gets(built):
   cfg, params = built
   closed = Gates({s.name: jnp.array([1.0, 0, 1]) for s in cfg.all_sites()})
   got = run(*for_inference(cfg, params), tokens(), gates=closed)
-  if not cfg.pre_norm:
-    return  # the norms of its sums are left
+  if not cfg.pre_norm:  # the norms of its sums are left: a layer of zeros
+    zeros = jax.tree_util.tree_map_with_path(
+      lambda path, a: a if 'norm' in str(path[-2]) else a.at[1].set(0),
+      params['decoder']['layers']['scan'],
+    )
+    own = {'decoder': params['decoder'] | {'layers': {'scan': zeros}}}
+    np.testing.assert_allclose(got, run(*for_inference(cfg, own), tokens()), rtol=1e-5, atol=1e-5)
+    return
   shorter = dataclasses.replace(cfg, layers=2)
   own = jax.tree.map(lambda a: a[np.array([0, 2])], params['decoder']['layers']['scan'])
   own = {'decoder': params['decoder'] | {'layers': {'scan': own}}}
@@ -164,9 +170,11 @@ def test_bfloat16(built):
   cfg, params = built
   want = run(*for_inference(cfg, params), tokens())
   halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  model, own = for_inference(dataclasses.replace(cfg, dtype='bfloat16'), halved)
+  wide = {'dtype': 'bfloat16', 'activation_dtype': 'bfloat16'}
+  model, own = for_inference(dataclasses.replace(cfg, **wide), halved)
   got = run(model, own, tokens())
   assert got.dtype == np.float32
+  assert (got != got.astype(jnp.bfloat16)).any()  # logits keep their digits
   assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
   start = model.apply({'params': own}, B, L, method='start')
   args = tokens(), 0, start, np.ones((B, L), bool)

@@ -33,6 +33,10 @@ LLAMA = SIZES | {'num_attention_heads': 6, 'intermediate_size': 80}
 CASES = {
   'opt': ('OPT', OPT),
   'opt_350m': ('OPT', OPT | {'do_layer_norm_before': False, 'word_embed_proj_dim': 20}),
+  'opt_350m_untied': (
+    'OPT',
+    OPT | {'do_layer_norm_before': False, 'word_embed_proj_dim': 20, 'tie_word_embeddings': False},
+  ),
   'llama': ('Llama', LLAMA | {'num_key_value_heads': 6, 'tie_word_embeddings': False}),
   'llama_gqa': ('Llama', LLAMA | {'num_key_value_heads': 2, 'tie_word_embeddings': True}),
   'llama_wide': ('Llama', LLAMA | {'num_key_value_heads': 3, 'head_dim': 10, 'rms_norm_eps': 1e-5}),

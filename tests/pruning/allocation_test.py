@@ -66,10 +66,16 @@ def test_the_lowest_go_and_the_floor_holds(seed, share, floor):
 @given(st.integers(0, 99), st.floats(0, 1))
 def test_shapes(seed, share):
   score = draw(seed, 3, 10)
+  if share * 30 >= 1 and round(share * 10) == 0:
+    with pytest.raises(ConfigError, match='close nothing'):
+      allocate({CHANNELS: score}, {CHANNELS: share}, CFG, Allocation('uniform'))
+    return
   uniform = allocate({CHANNELS: score}, {CHANNELS: share}, CFG, Allocation('uniform'))[CHANNELS]
-  assert (uniform.sum(1) == 10 - int(share * 10)).all()
+  assert (uniform.sum(1) == 10 - round(share * 10)).all()
   bucketed = allocate({CHANNELS: score}, {CHANNELS: share}, CFG, Allocation('bucketed', 4))
   assert set(bucketed[CHANNELS].sum(1)) <= {0, 4, 8, 10}
+  if int(share * 30) == 0:
+    assert bucketed[CHANNELS].all()
   for gates in (uniform, bucketed[CHANNELS]):
     for row, kept in zip(score, gates):
       assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[: int(kept.sum())])
@@ -103,6 +109,28 @@ def test_what_is_closed_stays_closed():
   second = allocate({HEADS: again}, {HEADS: 0.6}, CFG, closed=first)
   assert (second[HEADS][first[HEADS] == 0] == 0).all()
   assert (second[HEADS] == 0).sum() == int(0.6 * 18)
+
+
+@pytest.mark.parametrize('kind', ['params', 'macs'])
+def test_floors_of_costs(kind):
+  """Modules' floor is of the whole model; what is closed stays closed behind a floor."""
+  total = getattr(lm_costs.total(CFG, 512), kind)
+  of = lambda site, number: {
+    kind: number * getattr(lm_costs.of_gates(CFG, 512)[site], kind) / total
+  }
+  two = Allocation(floor=2, over=('ffn',))
+  gates = allocate({FFN: np.array([0.3, 0.1, 0.2])}, of(FFN, 1), CFG, two)
+  np.testing.assert_array_equal(gates[FFN], [1, 0, 1])
+  with pytest.raises(ConfigError, match='cannot be closed'):
+    allocate({FFN: np.array([0.3, 0.1, 0.2])}, of(FFN, 2), CFG, two)
+  how = Allocation(floor=3, over=('heads',))
+  first = allocate({HEADS: draw(1, 3, 6)}, of(HEADS, 4), CFG, how)
+  assert (first[HEADS] == 0).sum() == 4
+  again = np.where(first[HEADS] == 0, 9.0, draw(2, 3, 6))
+  second = allocate({HEADS: again}, of(HEADS, 8), CFG, how, first)
+  assert (second[HEADS] == 0).sum() == 8
+  assert (second[HEADS][first[HEADS] == 0] == 0).all()
+  assert (second[HEADS].sum(1) >= 3).all()
 
 
 def test_impossible_allocations():
@@ -153,9 +181,7 @@ def test_costs_of_gates_add_up(kind):
   small = lm_workdir.compacted(LmCheckpoint(cfg, params, None, {}), gates, {})
   gone = lm_costs.count(cfg, params, 20), lm_costs.count(cfg, small.params, 20)
   of = lambda field: getattr(costs[ATTENTION], field) + 2 * getattr(costs[FFN], field)
-  # Norms that stand after the sum stay.
-  norms = 0 if cfg.pre_norm else 3 * 2 * cfg.d
-  assert gone[0]['parameters'] - gone[1]['parameters'] == of('params') - norms
+  assert gone[0]['parameters'] - gone[1]['parameters'] == of('params')
   assert gone[0]['macs'] - gone[1]['macs'] == of('macs')
   assert costs[LAYER] == Cost(
     *(a + b for a, b in zip(*map(dataclasses.astuple, (costs[ATTENTION], costs[FFN]))))
