@@ -93,10 +93,10 @@ def _place(error: BaseException) -> str:
 
 def _fields(name: str) -> tuple[str, ...]:
   """Fields of the configuration class of that name; () where there is none."""
-  from gatedfm.evaluation import importance_sweep, sweep
+  from gatedfm.evaluation import importance_config, sweep
   from gatedfm.trainers import config
 
-  found = (getattr(module, name, None) for module in (sweep, importance_sweep, config))
+  found = (getattr(module, name, None) for module in (sweep, importance_config, config))
   cls = next(filter(None, found), None)
   return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 

@@ -42,10 +42,11 @@ def main(argv: list[str]) -> None:
       _refuse_hosts()
   mains.set_up()
   from gatedfm.evaluation import importance_sweep, sweep
+  from gatedfm.evaluation.importance_config import ImportanceConfig
 
   with mains.clear_errors():
     workdir = mains.folder(_WORKDIR.value)
-    if isinstance(mains.loaded(_CONFIG.value), importance_sweep.ImportanceConfig):
+    if isinstance(mains.loaded(_CONFIG.value), ImportanceConfig):
       if _ONLY.value:
         _refuse_only()
       importance_sweep.run(_CONFIG.value, workdir)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from gatedfm.evaluation.importance_sweep import ImportanceConfig
+from gatedfm.evaluation.importance_config import ImportanceConfig
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import TrainConfig

@@ -5,7 +5,7 @@
 On two cores about six hours; it resumes, and perplexities come first.
 """
 
-from gatedfm.evaluation.importance_sweep import ImportanceConfig, PrunedConfig
+from gatedfm.evaluation.importance_config import ImportanceConfig, PrunedConfig
 
 HEADS = {
   'taylor': range(10, 100, 10),

@@ -5,7 +5,7 @@
 On two cores under ten minutes after the download.
 """
 
-from gatedfm.evaluation.importance_sweep import ImportanceConfig, PrunedConfig
+from gatedfm.evaluation.importance_config import ImportanceConfig, PrunedConfig
 
 
 def get_config() -> ImportanceConfig:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from gatedfm.models import stack
 from gatedfm.models.lm_config import STACK, LmConfig
@@ -100,7 +101,8 @@ def magnitude(x: Calibrated) -> Scores:
 
 def influence(x: Calibrated) -> Scores:
   """`E [1 - cos(x, x + module(x))]` of modules; units have none."""
-  return {name: np.array(v) / x.stats.tokens for name, v in x.stats.influence.items()}
+  tokens = x.stats.tokens + x.stats.examples  # with the first of each, which nothing predicts
+  return {name: np.array(v) / tokens for name, v in x.stats.influence.items()}
 
 
 def oracle(x: Calibrated) -> Scores:
@@ -177,7 +179,7 @@ def aggregate(scores: Sequence[Mapping[str, np.ndarray]], how: str = 'mean') -> 
   def each(v: np.ndarray) -> np.ndarray:
     v = np.asarray(v, np.float64)
     if how == 'rank':
-      return np.argsort(np.argsort(v, axis=None, kind='stable')).reshape(v.shape) / v.size
+      return (scipy.stats.rankdata(v).reshape(v.shape) - 1) / v.size
     return (v - v.mean()) / max(v.std(), 1e-20) if how == 'zscore' else v
 
   return {name: np.mean([each(s[name]) for s in scores], 0) for name in scores[0]}

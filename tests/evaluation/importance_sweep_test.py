@@ -8,13 +8,15 @@ import pytest
 
 from gatedfm import json_lines, metrics
 from gatedfm.data import questions
+from gatedfm.data.types import DataError
 from gatedfm.evaluation import importance_sweep
 from gatedfm.evaluation.few_shot import Evaluator
-from gatedfm.evaluation.importance_sweep import ImportanceConfig, PrunedConfig
+from gatedfm.evaluation.importance_config import ImportanceConfig, PrunedConfig
 from gatedfm.execution import lm_workdir
 from gatedfm.gates import Gates
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.pruning import score_files
+from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.workdirs import WorkdirError
 
 POINTS = {
@@ -99,6 +101,22 @@ def test_it_resumes_where_it_was_killed(cfg, result, tmp_path, monkeypatch):
   had = [json.loads(line) for line in lines[:9]]
   had = [r for r in had if r['what'] != 'perplexity' and r['point'] in ('dense', *few.points)]
   assert len(asked) == wanted - len(had)
+  asked.clear()
+  importance_sweep.run(few, tmp_path)  # a torn line costs its own answer alone
+  assert not asked
+  text = (tmp_path / 'answers.jsonl').read_text()
+  assert len(json_lines.read(tmp_path / 'answers.jsonl')) == len(text.splitlines())
+
+
+def test_a_point_keeps_its_name(cfg, result):
+  """One that was left out for a while does not come back as another."""
+  workdir, _ = result
+  fewer = {name: point for name, point in POINTS.items() if name != 'ffn50'}
+  importance_sweep._claim(dataclasses.replace(cfg, points=fewer), workdir)
+  other = POINTS | {'ffn50': PrunedConfig('taylor', 'ffn:0.5')}
+  with pytest.raises(WorkdirError, match='ffn50'):
+    importance_sweep._claim(dataclasses.replace(cfg, points=other), workdir)
+  importance_sweep._claim(cfg, workdir)
 
 
 def test_refusals(cfg, result, tmp_path):
@@ -109,8 +127,17 @@ def test_refusals(cfg, result, tmp_path):
     ({'points': {'dense': PrunedConfig('taylor', 'ffn:0.1')}}, 'name yours otherwise'),
     ({'points': {'a': PrunedConfig('best', 'ffn:0.1')}}, r'points.a: scorer'),
     ({'points': {'a': PrunedConfig('taylor', 'ffn:2')}}, r'points.a: budget'),
+    ({'points': {'a': PrunedConfig('oracle', 'heads:0.5')}}, r'points.a: .* no scores'),
+    ({'points': {'a': PrunedConfig('taylor', 'latency:0.5')}}, r'points.a: a budget in latency'),
     ({'questions': 0}, 'questions is 0'),
+    ({'split': 'dev'}, 'split is'),
+    ({'shots': (-1,)}, 'not be negative'),
+    ({'aggregation': 'means'}, 'aggregation is'),
+    ({'tasks': ('a/b.jsonl', 'c/b.jsonl')}, 'two tasks of one name'),
+    ({'tasks': ('sst9',)}, "no task 'sst9'"),
+    ({'shots': (10_000,)}, '10000 shots need'),
+    ({'checkpoint': str(tmp_path / 'none')}, 'does not exist'),
   ):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CheckpointError, DataError), match=message):
       importance_sweep.run(dataclasses.replace(cfg, **changes), tmp_path / 'new')
   assert not (tmp_path / 'new').exists()

@@ -119,6 +119,19 @@ def _heads(model, params, ids):
   return read[0]
 
 
+def test_rows_of_padding_count_for_nothing(kind):
+  """Five examples at a time of twelve: the last batch is not full."""
+  gates = {HEADS: np.ones((3, tiny_lm.KINDS[kind].heads))}
+  gates[HEADS][1, 0] = 0
+  whole, partial = repaired(kind, gates, 0.05, 16), repaired(kind, gates, 0.05, 16 * 5)
+  assert whole[1] == partial[1]
+  for name in ('layers_0', 'layers_2'):
+    a, b = (
+      x[0]['decoder']['layers'][name]['ffn']['ffn']['w_2']['kernel'] for x in (whole, partial)
+    )
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
 def test_norms_after_the_sums():
   with pytest.raises(ConfigError, match='norms before the modules'):
     repaired('opt_350m', {})

@@ -20,15 +20,23 @@ def calibrated(request, fast_compilation):
   return Calibrated(cfg, params, calibration.collect(cfg, params, batches, calibration.NEEDS))
 
 
-def inputs(x, pair):
-  """What the output projections and modules of each layer read and write, of one example."""
+def read_by(x, projection):
+  """What those projections of all layers read of each example, unpadded: `[N, L, F]`."""
   model, params = for_inference(x.cfg, x.params)
-  ids = np.array([pair.context + pair.target])
-  _, state = model.apply(
-    {'params': params}, ids, capture_intermediates=True, mutable=['intermediates']
-  )
-  layers = state['intermediates']['decoder']['layers']
-  return [layers[f'layers_{i}'] for i in range(x.cfg.layers)]
+  out = []
+  for pair in tiny_lm.pairs():
+    read = []
+
+    def listen(call, args, kwargs, context, read=read):
+      if context.module.name == projection:
+        read.append(np.float64(args[0][0]))
+      return call(*args, **kwargs)
+
+    with calibration.nn.intercept_methods(listen):
+      ids = np.array([pair.context + pair.target])
+      model.apply({'params': params}, ids, method='hidden')
+    out.append(np.stack(read))
+  return out
 
 
 @pytest.mark.parametrize('name', scorers.SCORERS)
@@ -71,6 +79,26 @@ def test_magnitude_and_wanda_of_the_output_projection(calibrated):
   np.testing.assert_allclose(scorers.wanda(calibrated)[FFN], channels.sum(1))
 
 
+def test_activations_are_of_what_projections_read(calibrated):
+  cfg = calibrated.cfg
+  mean_square, square = {}, {}
+  for site, projection in ((HEADS, 'out'), (CHANNELS, 'w_2')):
+    read = read_by(calibrated, projection)
+    mean_square[site] = sum(np.abs(x_NxLxF).mean(1) ** 2 for x_NxLxF in read)
+    square[site] = sum((x_NxLxF**2).sum(1) for x_NxLxF in read)
+  scores = scorers.activation(calibrated)
+  np.testing.assert_allclose(scores[CHANNELS], np.sqrt(mean_square[CHANNELS]), rtol=1e-4)
+  heads = mean_square[HEADS].reshape(3, cfg.heads, cfg.width).sum(-1)
+  np.testing.assert_allclose(scores[HEADS], np.sqrt(heads), rtol=1e-4)
+  np.testing.assert_allclose(scores[ATTENTION], np.sqrt(heads.sum(1)), rtol=1e-4)
+  own = calibrated.params['decoder']['layers']
+  weight = np.stack(
+    [np.abs(own[f'layers_{i}']['ffn']['ffn']['w_2']['kernel']).sum(1) for i in range(3)]
+  )
+  wanda = scorers.wanda(calibrated)
+  np.testing.assert_allclose(wanda[CHANNELS], weight * np.sqrt(square[CHANNELS]), rtol=1e-4)
+
+
 def test_influence_is_of_what_a_module_adds(calibrated):
   total = np.zeros(3)
   for pair in tiny_lm.pairs():
@@ -91,7 +119,8 @@ def test_influence_is_of_what_a_module_adds(calibrated):
       cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
       total[i] += (1 - cosine).sum()
   score = scorers.influence(calibrated)[FFN]
-  np.testing.assert_allclose(score, total / calibrated.stats.tokens, rtol=1e-3)
+  tokens = sum(len(pair) for pair in tiny_lm.pairs())
+  np.testing.assert_allclose(score, total / tokens, rtol=1e-3)
 
 
 def test_random_repeats_by_seed(calibrated):
