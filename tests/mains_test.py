@@ -23,7 +23,10 @@ def run(*arguments, **variables):
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('name', [*MAINS, 'benchmark', 'memory', 'prune', 'few_shot', 'induction'])
+LANGUAGE = ('memory', 'prune', 'few_shot', 'induction', 'generate', 'import_checkpoint')
+
+
+@pytest.mark.parametrize('name', [*MAINS, 'benchmark', *LANGUAGE])
 def test_help_shows_an_example(name):
   result = run(f'gatedfm.{name}', '--help')
   assert result.returncode == 0
@@ -56,6 +59,25 @@ def test_required_flags(name):
     ('benchmark', ('--model=huge',), "error: model 'huge' is neither layers x width"),
     ('memory', ('--model=smollm2', '--chips=v4:'), 'error: --chips=v4:: write KIND:NUMBER'),
     ('memory', ('--model=smollm2', '--chips=v3:8'), "error: chip is 'v3'"),
+    ('memory', ('--model=smollm2', '--chips=v4:²'), 'error: --chips=v4:²: write KIND:NUMBER'),
+    ('generate', ('--checkpoint=none', '--prompt=a'), 'give the workdir of a language model'),
+    (
+      'generate',
+      ('--checkpoint=a', '--prompt=a', '--top_p=0.5'),
+      'error: top_p is 0.5, but',
+    ),
+    ('import_checkpoint', ('--to=a',), 'error: say either --from=hf|gguf|smollm2 or --export'),
+    ('import_checkpoint', ('--to=a', '--from=hf'), 'error: give 1 path behind the flags'),
+    (
+      'import_checkpoint',
+      ('--to=a', '--from=smollm2', 'b'),
+      'error: give no path behind',
+    ),
+    (
+      'import_checkpoint',
+      ('--to=a', '--export=plain', '--param_dtype=bfloat16', 'b'),
+      'error: --param_dtype is not read by --export=plain',
+    ),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),

@@ -295,12 +295,6 @@ def lazy_params(tensors: Tensors, cfg: LmConfig) -> dict[str, LazyTensor]:
   return out
 
 
-def to_params(tensors: Tensors, cfg: LmConfig, dtype: Any = np.float32) -> dict[str, Any]:
-  """Our unrolled parameters as host arrays of `dtype`; raises as `lazy_params`."""
-  flat = {k: np.asarray(t.read(), dtype) for k, t in lazy_params(tensors, cfg).items()}
-  return traverse_util.unflatten_dict(flat, sep='/')
-
-
 def to_theirs(params: Mapping[str, Any], cfg: LmConfig) -> Iterator[tuple[str, np.ndarray]]:
   """Their tensors by name, one at a time, of our unrolled parameters."""
   flat = traverse_util.flatten_dict(dict(params), sep='/')

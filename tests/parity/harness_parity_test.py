@@ -60,6 +60,13 @@ def test_they_begin_alike(both):
   assert own.tok_encode('w3 w5') == hf.tok_encode('w3 w5')
 
 
+def test_exported_tokens(folders, tmp_path):
+  lm_files.export(folders[1], tmp_path / 'out', 'float32', lambda line: None)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (40, 41, None)
+  assert theirs('w3 w5').input_ids == [3, 5]
+
+
 def test_likelihoods(both):
   long = ' '.join(f'w{i % 40}' for i in range(30))
   requests = asked(

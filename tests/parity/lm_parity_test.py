@@ -58,7 +58,8 @@ def pair(request):
   cfg = hf.config(theirs.config.to_dict())
   state = {k: v.numpy() for k, v in theirs.state_dict().items()}
   lazy = {k: LazyTensor(v.shape, lambda v=v: v) for k, v in state.items()}
-  return theirs, cfg, hf.to_params(lazy, cfg), state
+  flat = {path: tensor.read() for path, tensor in hf.lazy_params(lazy, cfg).items()}
+  return theirs, cfg, traverse_util.unflatten_dict(flat, sep='/'), state
 
 
 def tokens(cfg, batch=3, length=17):
