@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
+from gatedfm import partitioning
 from gatedfm.nn.embedding import FactorizedEmbed
 
 V, D = 11, 6
@@ -113,3 +114,23 @@ def test_neither_program_makes_the_table():
   for args, method in (((IDS,), '__call__'), ((jnp.ones((2, 64)),), 'attend')):
     loss = lambda v, method=method, args=args: small.apply(v, *args, method=method).sum()
     assert '5000,64' not in str(jax.make_jaxpr(jax.grad(loss))(variables))
+
+
+@pytest.mark.parametrize('one_hot', [False, True])
+def test_sharded_over_devices_it_answers_the_same(one_hot):
+  small = FactorizedEmbed(16, 8, 3, one_hot=one_hot)
+  init = lambda: small.init(jax.random.key(0), IDS)
+  mesh = partitioning.make_mesh(1, 2, 4)
+  where = partitioning.shardings(init, mesh)
+  alone = nn.unbox(init())
+  shared = jax.device_put(alone, where)
+  assert shared['params']['embedding'].sharding.spec == jax.P('model', None)
+  assert shared['params']['projection'].sharding.spec == jax.P(None, 'fsdp')
+  ids = jnp.arange(16)
+  query = jax.random.normal(jax.random.key(1), (4, 8))
+  with partitioning.activate(mesh):
+    rows = jax.jit(small.apply)(shared, ids)
+    products = jax.jit(lambda v, q: small.apply(v, q, method='attend'))(shared, query)
+  np.testing.assert_allclose(rows, small.apply(alone, ids), rtol=1e-6, atol=1e-6)
+  want = small.apply(alone, query, method='attend')
+  np.testing.assert_allclose(products, want, rtol=1e-5, atol=1e-6)
