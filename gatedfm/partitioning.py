@@ -27,6 +27,7 @@ RULES = (
   ('vocab', 'model'),  # V
   ('layers', None),  # N, scanned
   ('embed_out', 'model'),  # D where a square matrix has two
+  ('rank', None),  # R of a factorized matrix, a few dozen
   ('small', None),  # norms, biases, taps
   ('time', None),  # T or L of activations
   ('act_embed', None),  # D of activations
