@@ -1,4 +1,4 @@
-"""Other small tables: looked up, attended to and trained, they are the table that they stand for."""
+"""Other small tables answer as the table that they stand for, and are trained."""
 
 import flax.linen as nn
 import jax
