@@ -27,10 +27,11 @@ def test_half_a_step_at_most(table, bits):
   got = np.asarray(QuantizedEmbed(4, 5, bits).apply(held, jnp.arange(4)))
   step = np.abs(table).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
   assert (np.abs(got - table) <= 0.5 * step * (1 + 1e-3) + 1e-30).all()
-  # The largest of each row is held as it is.
+  # The largest of each row is held as it is,
   at = np.abs(table).argmax(1)
   rows = np.arange(4)
-  np.testing.assert_allclose(got[rows, at], table[rows, at], rtol=1e-5)
+  # as far as XLA, which takes subnormal scales for 0, can tell.
+  np.testing.assert_allclose(got[rows, at], table[rows, at], rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize('bits', [16, 8, 4])
