@@ -19,7 +19,7 @@ from jax.experimental import checkify
 
 Dtype = Any
 # A column of the second factor has the variance that makes the product's `nn.Embed`'s.
-_PROJECTION = nn.initializers.variance_scaling(1.0, 'fan_out', 'normal')
+PROJECTION_INIT = nn.initializers.variance_scaling(1.0, 'fan_out', 'normal')
 
 
 class FactorizedEmbed(nn.Module):
@@ -45,7 +45,7 @@ class FactorizedEmbed(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   embedding_init: Callable[..., Any] = default_embed_init
-  projection_init: Callable[..., Any] = _PROJECTION
+  projection_init: Callable[..., Any] = PROJECTION_INIT
   promote_dtype: Callable[..., Any] = dtypes.promote_dtype
   one_hot: bool = False
   checked: bool = False

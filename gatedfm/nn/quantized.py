@@ -134,3 +134,36 @@ class QuantizedEmbed(nn.Module):
     out = lax.map(lambda block: products(*block), (blocks(codes), blocks(scale)))
     out = jnp.moveaxis(out, 0, -2).reshape(*query.shape[:-1], whole)
     return jnp.concatenate([out, products(codes[whole:], scale[whole:])], -1)
+
+
+class QuantizedFactors(nn.Module):
+  """A factorized table whose first factor is whole numbers; the second, which is small, is trained.
+
+  Attributes:
+    num_embeddings, features, rank: V, D, R, as of `FactorizedEmbed`.
+    bits, scale_dtype: of the first factor, as of `QuantizedEmbed`.
+    dtype: of what is looked up.
+  """
+
+  num_embeddings: int
+  features: int
+  rank: int
+  bits: int = 8
+  dtype: Dtype = jnp.float32
+  scale_dtype: Dtype = jnp.float32
+
+  def setup(self):
+    shape = self.num_embeddings, self.rank, self.bits
+    self.embedding = QuantizedEmbed(
+      *shape, dtype=self.dtype, scale_dtype=self.scale_dtype, axis='rank'
+    )
+    init = nn.with_logical_partitioning(embedding.PROJECTION_INIT, ('rank', 'embed'))
+    self.projection = self.param('projection', init, (self.rank, self.features))
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Rows `[..., D]`."""
+    return self.embedding(inputs) @ self.projection.astype(self.dtype)
+
+  def attend(self, query: jax.Array) -> jax.Array:
+    """`[..., D] -> [..., V]`."""
+    return self.embedding.attend(query.astype(self.dtype) @ self.projection.T.astype(self.dtype))
