@@ -39,7 +39,7 @@ def _usual(sizes: np.ndarray) -> int:
   return np.percentile(sizes, _USUAL, method='higher')
 
 
-def _boundaries(frames: np.ndarray, num_buckets: int) -> list[int]:
+def bucket_ends(frames: np.ndarray, num_buckets: int) -> list[int]:
   """The at most `num_buckets` boundaries that pad `frames` the least: exact, by dynamic
   programming over the distinct lengths rounded up to a multiple of 8."""
   rounded = -(-frames.astype(np.int64) // _MULTIPLE) * _MULTIPLE
@@ -80,7 +80,7 @@ def batch_shapes(
   frames = np.concatenate([examples.frames for examples in sets])
   tokens = np.concatenate([examples.target_lengths for examples in sets])
   labels = np.concatenate([examples.transcript_lengths for examples in sets])
-  boundaries = list(config.bucket_frames) or _boundaries(frames, config.num_buckets)
+  boundaries = list(config.bucket_frames) or bucket_ends(frames, config.num_buckets)
   if boundaries[-1] < frames.max():
     raise ValueError(
       f'bucket_frames {config.bucket_frames} must reach the longest utterance of '

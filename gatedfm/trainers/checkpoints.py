@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 FOLDER = 'checkpoints'
 # Kinds of models, and what only their configurations have.
-KINDS = {'speech': 'model', 'language': 'language_model'}
+KINDS = {'speech': 'model', 'language': 'language_model', 'text': 'classifier'}
 CONFIG = 'config.json'
 
 
@@ -195,8 +195,8 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
       raise CheckpointError(f'{path} is damaged: {e}') from None
     if KINDS[kind] not in config:
       raise CheckpointError(
-        f'{workdir} does not hold a {kind} model: give the workdir of a training run to the '
-        'commands of speech, a folder of gatedfm.import_checkpoint or prune to those of language'
+        f'{workdir} does not hold a {kind} model: give the workdir of its training to what trains '
+        'or recognises, a folder of gatedfm.import_checkpoint or prune to commands of language'
       )
     return config
   if not workdir.exists():

@@ -19,7 +19,11 @@ class OptimizerConfig:
     name: `muon` (orthogonalised momentum for matrices, Adam for the rest; Jordan et al. 2024)
       or `adamw`.
     peak_lr, warmup, schedule: learning rate, its linear warm-up in steps, then `cosine` to
-      `final_fraction` of the peak, `rsqrt` (Noam) or `constant`.
+      `final_fraction` of the peak, `rsqrt` (Noam) or `constant`. Without a warm-up go up and down
+      between the peak and `final_fraction` of it: `calr`, whose maximum falls and comes back, `clr`
+      (triangular) and `sgdr`; see `schedules.py`.
+    half_cycle: steps from minimum to maximum of these three.
+    decay, decay_every: of CALR's maximum, and in how many steps; 0 is a cycle.
     gate_lr: peak of the gate predictor's own learning rate, same schedule.
     clip: global gradient norm.
   """
@@ -30,6 +34,9 @@ class OptimizerConfig:
   warmup: int = 500
   schedule: str = 'cosine'
   final_fraction: float = 0.02
+  half_cycle: int = 1000
+  decay: float = 0.1
+  decay_every: int = 0
   b1: float = 0.9
   b2: float = 0.98
   eps: float = 1e-8
@@ -38,7 +45,17 @@ class OptimizerConfig:
 
   def validate(self) -> None:
     choice('optimizer.name', self.name, ('muon', 'adamw'))
-    choice('optimizer.schedule', self.schedule, ('cosine', 'rsqrt', 'constant'))
+    known = ('cosine', 'rsqrt', 'constant', 'calr', 'clr', 'sgdr')
+    choice('optimizer.schedule', self.schedule, known)
+    if self.half_cycle < 1 or self.decay_every < 0 or not 0 < self.decay <= 1:
+      raise ConfigError(
+        'optimizer.half_cycle is at least 1, decay_every not negative, decay above 0 and at most 1'
+      )
+    if not 0 <= self.final_fraction <= 1 or (self.schedule == 'calr' and not self.final_fraction):
+      raise ConfigError(
+        f'optimizer.final_fraction is {self.final_fraction}; it is a share of the peak, which '
+        'calr must be able to come down to: above 0'
+      )
     if self.peak_lr <= 0 or self.gate_lr <= 0 or self.clip <= 0 or self.warmup < 1:
       raise ConfigError('optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1')
 

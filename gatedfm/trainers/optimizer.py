@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from gatedfm.models.gate_predictor import GATE_MODULES
+from gatedfm.trainers import schedules
 from gatedfm.trainers.config import OptimizerConfig, SparsityConfig
 
 _MOMENTUM, _RMS = 0.95, 0.2  # of Muon
@@ -28,11 +29,21 @@ def _names(path: tuple) -> list[str]:
 
 
 def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-  """Linear warm-up, then the configured decay."""
+  """Linear warm-up, then the configured decay; or cycles, which warm up themselves."""
+  floor = peak * cfg.final_fraction
+  match cfg.schedule:
+    case 'calr':
+      return schedules.calr_schedule(
+        peak, floor, cfg.half_cycle, cfg.decay, cfg.decay_every or None
+      )
+    case 'clr':
+      return schedules.clr_schedule(peak, floor, cfg.half_cycle)
+    case 'sgdr':
+      return schedules.sgdr_schedule(peak, floor, 2 * cfg.half_cycle, steps)
   warmup = min(cfg.warmup, max(steps - 1, 1))
   if cfg.schedule == 'cosine':
     end = max(steps, warmup + 1)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end, peak * cfg.final_fraction)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end, floor)
   if cfg.schedule == 'rsqrt':
     return lambda step: peak * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
   return optax.linear_schedule(0.0, peak, warmup)

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers.config import TrainConfig
 from gatedfm.trainers.log import say
 
 LOCK = '.lock'  # held by who trains in a workdir
@@ -92,12 +91,18 @@ def _lock(file: IO[str]) -> bool:
   return True
 
 
-def check_owner(cfg: TrainConfig, workdir: Path) -> None:
-  """Raises WorkdirError unless the workdir is free or belongs to this configuration."""
+def check_owner(cfg: Any, workdir: Path, kind: str = 'speech') -> None:
+  """Raises WorkdirError unless the workdir is free or belongs to this configuration.
+
+  Args:
+    cfg: of a training.
+    workdir: where it is to go.
+    kind: of the model, see `checkpoints.KINDS`.
+  """
   if not (workdir / checkpoints.CONFIG).exists():
     return
   # A field that is newer than the workdir had its default there.
-  before = config_lib.from_dict(TrainConfig, checkpoints.load_config(workdir))
+  before = config_lib.from_dict(type(cfg), checkpoints.load_config(workdir, kind))
   saved, mine = config_lib.to_dict(before), config_lib.to_dict(cfg)
   if changed := config_lib.differences(saved, mine):
     raise WorkdirError(

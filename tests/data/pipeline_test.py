@@ -251,10 +251,10 @@ def test_boundaries_pad_the_least_possible():
   for buckets in (1, 2, 3):
     others = itertools.combinations(ends[:-1], buckets - 1)
     least = min(padded([*other, ends[-1]]) for other in others)
-    found = batching._boundaries(frames, buckets)
+    found = batching.bucket_ends(frames, buckets)
     assert len(found) == buckets
     assert padded(found) == least
-  assert batching._boundaries(frames, 500) == ends.tolist()
+  assert batching.bucket_ends(frames, 500) == ends.tolist()
 
 
 def test_given_buckets_and_batch_size(data):

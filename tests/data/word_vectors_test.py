@@ -5,9 +5,9 @@ import gzip
 import numpy as np
 import pytest
 
-from gatedfm.convert import word_vectors
-from gatedfm.convert.word_vectors import WordVectors
+from gatedfm.data import word_vectors
 from gatedfm.data.types import DataError
+from gatedfm.data.word_vectors import WordVectors
 
 WORDS = ['the', 'a\u2028b', 'c\rd', 'été', '12']
 TABLE = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)

@@ -1,0 +1,289 @@
+"""Trains text classifiers, several seeds side by side, from vectors or from other classifiers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm import atomic, provenance
+from gatedfm.models import tables
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.models.text_classifier import TextClassifier
+from gatedfm.trainers import checkpoints, log, text_corpus, workdirs
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers.log import say
+from gatedfm.trainers.text_config import TextTrainConfig
+from gatedfm.trainers.text_corpus import TextCorpus
+from gatedfm.trainers.text_step import Steps, TextState, Variables, keys
+from gatedfm.trainers.workdirs import WorkdirError
+
+RESULT = 'result.json'
+KIND = 'text'
+
+
+def load_config(workdir: Path) -> TextTrainConfig:
+  """The configuration that classifiers of a workdir were trained with."""
+  return config_lib.from_dict(TextTrainConfig, checkpoints.load_config(workdir, KIND))
+
+
+def complete(cfg: TextTrainConfig, corpus: TextCorpus) -> TextTrainConfig:
+  """The configuration with what follows from the data: sizes, ranks.
+
+  Raises:
+    ConfigError: sizes that do not go together, a table that cannot be so small.
+  """
+  model = cfg.classifier
+  features = model.features if corpus.table is None else corpus.table.shape[1]
+  if not features:
+    raise ConfigError('classifier.features is 0, and there are no data.vectors to take it from')
+  have = {
+    'vocab_size': len(corpus.vocabulary.words),
+    'features': features,
+    'classes': len(corpus.texts.labels),
+  }
+  for name, value in have.items():
+    if getattr(model, name) not in (0, value):
+      raise ConfigError(
+        f'classifier.{name} is {getattr(model, name)}, of the data {value}: leave 0'
+      )
+  table = tables.resolved(model.table, have['vocab_size'], features)
+  return dataclasses.replace(cfg, classifier=dataclasses.replace(model, table=table, **have))
+
+
+def _fresh(cfg: TextTrainConfig, corpus: TextCorpus) -> Variables:
+  """New variables `[Z, ...]`, tables of the vectors."""
+  model = TextClassifier(cfg.classifier)
+
+  def one(key: jax.Array) -> Variables:
+    rngs = {'params': key, 'dropout': key}
+    return nn.unbox(model.init(rngs, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)))
+
+  made = jax.jit(jax.vmap(one))(keys(cfg.seeds, 0))
+  if corpus.table is None:
+    return made
+  held = [
+    tables.from_dense(cfg.classifier.table, corpus.table, corpus.vocabulary.counts, seed)
+    for seed in cfg.seeds
+  ]
+  return _with_tables(made, held)
+
+
+def _with_tables(variables: Variables, held: list[Variables]) -> Variables:
+  """Variables `[Z, ...]` whose tables are these, one for each seed."""
+  stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *held)
+  rest = {k: v for k, v in variables.get('params', {}).items() if k != 'table'}
+  own = {'table': stacked['params']} if stacked.get('params') else {}
+  out = {'params': rest | own}
+  out |= {k: {'table': v} for k, v in stacked.items() if k != 'params'}
+  return out
+
+
+def _inherited(cfg: TextTrainConfig, corpus: TextCorpus, counts: np.ndarray) -> Variables:
+  """Variables `[Z, ...]` of `init_from`, tables of another kind made of its own."""
+  folder = Path(cfg.init_from)
+  parent = load_config(folder)
+  mine, theirs = cfg.classifier, parent.classifier
+  if parent.seeds != cfg.seeds:
+    raise ConfigError(f'seeds are {cfg.seeds}, those of {folder} {parent.seeds}: take the same')
+  if (folder / RESULT).exists():
+    before = json.loads((folder / RESULT).read_text())['data']
+    if before != corpus.fingerprint:
+      raise ConfigError(f'{folder} was trained on other texts or another vocabulary: take its data')
+  else:
+    raise ConfigError(f'{folder} has no {RESULT}: let its training end first')
+  plain = dataclasses.replace(mine, table=theirs.table, dropout=theirs.dropout)
+  if plain != theirs:
+    wrong = config_lib.differences(config_lib.to_dict(theirs), config_lib.to_dict(plain))
+    raise ConfigError(f'init_from={folder} has another classifier:\n  ' + '\n  '.join(wrong))
+  held = checkpoints.load_params(folder)
+  if mine.table != theirs.table and _built(mine.table) != _built(theirs.table):
+    split = lambda i: jax.tree.map(
+      lambda x: np.asarray(x[i]), {k: v['table'] for k, v in held.items() if 'table' in v}
+    )
+    shape = mine.vocab_size, mine.features
+    made = []
+    for i, seed in enumerate(cfg.seeds):
+      if (mine.table.kind, theirs.table.kind) == ('quantized_factors', 'factorized'):
+        if mine.table.rank != theirs.table.rank:
+          raise ConfigError(
+            f'table.rank is {mine.table.rank}, that of {folder} {theirs.table.rank}: take the same'
+          )
+        made.append(tables.quantize_factors(mine.table, split(i)['params']))
+      else:
+        dense = tables.to_dense(theirs.table, split(i), *shape)
+        made.append(tables.from_dense(mine.table, dense, counts, seed))
+    held = _with_tables(held, made)
+  if cfg.fresh_lstm:
+    held['params']['lstm'] = _fresh(cfg, corpus)['params']['lstm']
+  return jax.tree.map(jnp.asarray, held)
+
+
+def _built(cfg: tables.TableConfig) -> tables.TableConfig:
+  """What decides on a table's arrays, without how they were come by."""
+  return dataclasses.replace(
+    cfg, compression=0.0, init='svd', split='reference', project_relu=False
+  )
+
+
+def train(cfg: TextTrainConfig, workdir: Path | str) -> dict[str, Any]:
+  """Trains to `cfg.epochs`, from wherever the workdir stands; reports on test once, at the end.
+
+  Args:
+    cfg: the whole configuration; checked before anything is compiled or written.
+    workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl`, `result.json`.
+
+  Returns: the result: accuracies by split and seed, of what validation chose; what the table takes.
+
+  Raises:
+    ConfigError, WorkdirError, DataError, CheckpointError: what cannot be, before training.
+    FloatingPointError: a loss that is not finite.
+  """
+  if not isinstance(cfg, TextTrainConfig):
+    raise ConfigError(f'the configuration is a {type(cfg).__name__}, not a TextTrainConfig')
+  cfg.validate()
+  workdir = Path(workdir)
+  workdirs.refuse_several(workdir)
+  cfg = dataclasses.replace(
+    cfg, init_from=os.path.expanduser(cfg.init_from), seeds=tuple(cfg.seeds)
+  )
+  if cfg.init_from:
+    load_config(Path(cfg.init_from))
+  corpus = text_corpus.load(cfg.data, cfg.classifier.reference_compat, cfg.data_dir)
+  cfg = complete(cfg, corpus)
+  with workdirs.alone(workdir):
+    workdirs.check_owner(cfg, workdir, KIND)
+    if (workdir / RESULT).exists():
+      result = json.loads((workdir / RESULT).read_text())
+      if result['data'] != corpus.fingerprint:
+        raise WorkdirError(f'the texts have changed since {workdir} was trained: take another one')
+      say(f'{workdir}: already trained')
+      return result
+    return _run(cfg, corpus, workdir)
+
+
+def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, Any]:
+  batches = text_corpus.Batches(corpus.splits['train'], cfg.data.batch, cfg.data.buckets, cfg.seeds)
+  total = cfg.epochs * len(batches)
+  steps = Steps(cfg.classifier, cfg.optimizer, total, corpus.splits['train'], cfg.seeds)
+  with checkpoints.Checkpoints(workdir, keep=1) as ckpt:
+    state, progress = _start(cfg, corpus, steps, ckpt)
+    atomic.write_text(
+      workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
+    )
+    shape = cfg.classifier.vocab_size, cfg.classifier.features
+    small = tables.size(cfg.classifier.table, *shape)
+    say(
+      f'train: {cfg.name or workdir.name}: {cfg.data.texts}, {cfg.classifier.kind}, '
+      f'{cfg.classifier.table.kind} table of {shape[0]} x {shape[1]} ({small.bytes / 1e6:.3f} MB), '
+      f'{len(cfg.seeds)} seeds, {cfg.epochs} epochs of {len(batches)} steps'
+    )
+    done = int(state.step) // max(len(batches), 1)
+    logger = log.Log(workdir, done, cfg.tensorboard)
+    clock = log.Clock(cfg.epochs, progress['seconds'])
+    clock.begin(done)
+    for epoch in range(done + 1, cfg.epochs + 1):
+      losses = []
+      for batch in batches.epoch(epoch):
+        state, losses_Z = steps(state, batch)
+        losses.append(losses_Z)
+      means_Z = np.asarray(jnp.stack(losses)).mean(0)
+      if not np.isfinite(means_Z).all():
+        raise FloatingPointError(
+          f'epoch {epoch}: the loss of seeds {np.array(cfg.seeds)[~np.isfinite(means_Z)].tolist()} '
+          'is not finite; lower optimizer.peak_lr'
+        )
+      right = steps.right({**state.params, 'params': state.current}, corpus.splits['validation'])
+      accuracy_Z = right.mean(1)
+      state = steps.choose(state, jnp.asarray(accuracy_Z, jnp.float32))
+      values = {
+        'train/loss': float(means_Z.mean()),
+        'validation/accuracy': float(accuracy_Z.mean()),
+      }
+      logger.write(epoch, values)
+      say(
+        f'  epoch {epoch}/{cfg.epochs}: loss {values["train/loss"]:.4f}, validation accuracy '
+        f'{100 * values["validation/accuracy"]:.2f}%, {log.duration(clock.eta(epoch))} left'
+      )
+      if epoch % cfg.checkpoint_every == 0 or epoch == cfg.epochs:
+        ckpt.save(epoch, state, {'next_batch': 0, 'seconds': clock.seconds})
+    if not cfg.epochs:
+      ckpt.save(0, state, {'next_batch': 0, 'seconds': clock.seconds})
+    logger.close()
+  return _report(cfg, corpus, steps, state, clock.seconds, workdir)
+
+
+def _start(
+  cfg: TextTrainConfig, corpus: TextCorpus, steps: Steps, ckpt: checkpoints.Checkpoints
+) -> tuple[TextState, dict[str, Any]]:
+  nothing = {'next_batch': 0, 'seconds': 0.0}
+  if ckpt.latest is not None:
+    abstract = jax.eval_shape(lambda: steps.start(_fresh_shape(cfg)))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+    state, progress = ckpt.load(jax.tree.map(like, abstract))
+    say(f'restore: epoch {ckpt.latest} of this workdir')
+    return state, progress
+  if cfg.init_from:
+    variables = _inherited(cfg, corpus, corpus.vocabulary.counts)
+    say(f'restore: classifiers of {cfg.init_from}')
+  else:
+    variables = _fresh(cfg, corpus)
+  return steps.start(variables), nothing
+
+
+def _fresh_shape(cfg: TextTrainConfig) -> Variables:
+  """Variables `[Z, ...]` of the configuration's shapes."""
+  model = TextClassifier(cfg.classifier)
+  rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
+  one = nn.unbox(model.init(rngs, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)))
+  return jax.tree.map(lambda x: jnp.stack([x] * len(cfg.seeds)), one)
+
+
+def _report(
+  cfg: TextTrainConfig,
+  corpus: TextCorpus,
+  steps: Steps,
+  state: TextState,
+  seconds: float,
+  workdir: Path,
+) -> dict[str, Any]:
+  """Writes and returns `result.json`."""
+  shape = cfg.classifier.vocab_size, cfg.classifier.features
+  small = tables.size(cfg.classifier.table, *shape)
+  full = corpus.full_features or cfg.classifier.features
+  accuracy = {
+    split: steps.right(state.params, corpus.splits[split]).mean(1).tolist()
+    for split in ('validation', 'test')
+  }
+  result = {
+    **provenance.collect('gatedfm.train'),
+    'name': cfg.name or workdir.name,
+    'data': corpus.fingerprint,
+    'seeds': list(cfg.seeds),
+    'texts': {split: len(arrays) for split, arrays in corpus.splits.items()},
+    'accuracy': accuracy,
+    'table': {
+      'kind': cfg.classifier.table.kind,
+      'parameters': small.parameters,
+      'bytes': small.bytes,
+      'parameters_removed': 1 - small.parameters / (shape[0] * full),
+      'bytes_removed': 1 - small.bytes / (4 * shape[0] * full),
+    },
+    'parameters': sum(x.size for x in jax.tree.leaves(state.params)) // len(cfg.seeds),
+    'seconds': seconds,
+  }
+  atomic.write_text(workdir / RESULT, json.dumps(result, indent=1) + '\n')
+  mean = lambda split: 100 * float(np.mean(accuracy[split]))
+  say(
+    f'  {result["name"]}: validation {mean("validation"):.2f}%, test {mean("test"):.2f}%, table '
+    f'{100 * result["table"]["bytes_removed"]:.1f}% smaller; {log.duration(seconds)}'
+  )
+  return result
