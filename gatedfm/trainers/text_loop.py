@@ -86,10 +86,10 @@ def _with_tables(variables: Variables, held: list[Variables]) -> Variables:
   return out
 
 
-def _inherited(cfg: TextTrainConfig, corpus: TextCorpus, counts: np.ndarray) -> Variables:
+def _inherited(cfg: TextTrainConfig, corpus: TextCorpus) -> Variables:
   """Variables `[Z, ...]` of `init_from`, tables of another kind made of its own."""
   folder = Path(cfg.init_from)
-  parent = load_config(folder)
+  parent, counts = load_config(folder), corpus.vocabulary.counts
   mine, theirs = cfg.classifier, parent.classifier
   if parent.seeds != cfg.seeds:
     raise ConfigError(f'seeds are {cfg.seeds}, those of {folder} {parent.seeds}: take the same')
@@ -173,8 +173,22 @@ def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, A
   batches = text_corpus.Batches(corpus.splits['train'], cfg.data.batch, cfg.data.buckets, cfg.seeds)
   total = cfg.epochs * len(batches)
   steps = Steps(cfg.classifier, cfg.optimizer, total, corpus.splits['train'], cfg.seeds)
+  progress = {'seconds': 0.0}
+  if begun := _begun(workdir):
+    state = jax.eval_shape(lambda: steps.start(_fresh_shape(cfg)))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+    state = jax.tree.map(like, state)
+  elif cfg.init_from:
+    state = steps.start(_inherited(cfg, corpus))
+    say(f'restore: classifiers of {cfg.init_from}')
+  else:
+    state = steps.start(_fresh(cfg, corpus))
+  # Nothing was refused: from here on the workdir is this configuration's.
   with checkpoints.Checkpoints(workdir, keep=1) as ckpt:
-    state, progress = _start(cfg, corpus, steps, ckpt)
+    if begun:
+      state, progress = ckpt.load(state)
+      say(f'restore: epoch {ckpt.latest} of this workdir')
     atomic.write_text(
       workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
     )
@@ -220,23 +234,12 @@ def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, A
   return _report(cfg, corpus, steps, state, clock.seconds, workdir)
 
 
-def _start(
-  cfg: TextTrainConfig, corpus: TextCorpus, steps: Steps, ckpt: checkpoints.Checkpoints
-) -> tuple[TextState, dict[str, Any]]:
-  nothing = {'next_batch': 0, 'seconds': 0.0}
-  if ckpt.latest is not None:
-    abstract = jax.eval_shape(lambda: steps.start(_fresh_shape(cfg)))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-    state, progress = ckpt.load(jax.tree.map(like, abstract))
-    say(f'restore: epoch {ckpt.latest} of this workdir')
-    return state, progress
-  if cfg.init_from:
-    variables = _inherited(cfg, corpus, corpus.vocabulary.counts)
-    say(f'restore: classifiers of {cfg.init_from}')
-  else:
-    variables = _fresh(cfg, corpus)
-  return steps.start(variables), nothing
+def _begun(workdir: Path) -> bool:
+  """Whether there is a checkpoint to go on from."""
+  try:
+    return checkpoints.latest_step(workdir) >= 0
+  except checkpoints.CheckpointError:
+    return False
 
 
 def _fresh_shape(cfg: TextTrainConfig) -> Variables:
