@@ -93,10 +93,11 @@ def _place(error: BaseException) -> str:
 
 def _fields(name: str) -> tuple[str, ...]:
   """Fields of the configuration class of that name; () where there is none."""
-  from gatedfm.evaluation import importance_config, sweep
-  from gatedfm.trainers import config
+  from gatedfm.evaluation import importance_config, sweep, table_config
+  from gatedfm.trainers import config, text_config
 
-  found = (getattr(module, name, None) for module in (sweep, importance_config, config))
+  modules = sweep, importance_config, table_config, config, text_config
+  found = (getattr(module, name, None) for module in modules)
   cls = next(filter(None, found), None)
   return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 

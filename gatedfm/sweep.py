@@ -3,6 +3,7 @@
 Example:
   python -m gatedfm.sweep --config=configs/gated_speech/quickstart.py --workdir=runs/quickstart
   python -m gatedfm.sweep --config=configs/importance_pruning/quickstart.py --workdir=runs/lm
+  python -m gatedfm.sweep --config=configs/factorized_embedding/quickstart.py --workdir=runs/tables
 
 The same command resumes: what is trained, evaluated or prepared is not repeated.
 """
@@ -41,19 +42,21 @@ def main(argv: list[str]) -> None:
     with mains.clear_errors():
       _refuse_hosts()
   mains.set_up()
-  from gatedfm.evaluation import importance_sweep, sweep
+  from gatedfm.evaluation import importance_sweep, sweep, table_sweep
   from gatedfm.evaluation.importance_config import ImportanceConfig
+  from gatedfm.evaluation.table_config import TableSweepConfig
 
+  others = {ImportanceConfig: importance_sweep.run, TableSweepConfig: table_sweep.run}
   with mains.clear_errors():
-    workdir = mains.folder(_WORKDIR.value)
-    if isinstance(mains.loaded(_CONFIG.value), ImportanceConfig):
+    cfg, workdir = mains.loaded(_CONFIG.value), mains.folder(_WORKDIR.value)
+    if run := others.get(type(cfg)):
       if _ONLY.value:
         _refuse_only()
-      importance_sweep.run(_CONFIG.value, workdir)
+      run(cfg, workdir)
     elif _ONLY.value:
-      sweep.train_point(mains.loaded(_CONFIG.value), workdir, _ONLY.value)
+      sweep.train_point(cfg, workdir, _ONLY.value)
     else:
-      sweep.run(mains.loaded(_CONFIG.value), workdir)
+      sweep.run(cfg, workdir)
 
 
 if __name__ == '__main__':

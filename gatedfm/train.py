@@ -1,8 +1,9 @@
-"""Trains a model.
+"""Trains a speech model, or text classifiers.
 
 Example:
   python -m gatedfm.train --config=configs/gated_speech/tiny.py --workdir=runs/tiny \\
       --config.model.d=96 --config.steps=500
+  python -m gatedfm.train --config=configs/factorized_embedding/texts.py --workdir=runs/trec
 
 The same command on the same workdir resumes.
 """
@@ -20,10 +21,15 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main(argv: list[str]) -> None:
   mains.no_arguments(argv)
   mains.set_up()
-  from gatedfm.trainers import loop
+  from gatedfm.trainers import loop, text_loop
+  from gatedfm.trainers.text_config import TextTrainConfig
 
   with mains.clear_errors():
-    loop.train(mains.loaded(_CONFIG.value), mains.folder(_WORKDIR.value))
+    cfg, workdir = mains.loaded(_CONFIG.value), mains.folder(_WORKDIR.value)
+    if isinstance(cfg, TextTrainConfig):
+      text_loop.train(cfg, workdir)
+    else:
+      loop.train(cfg, workdir)
 
 
 if __name__ == '__main__':

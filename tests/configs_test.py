@@ -7,8 +7,10 @@ import pytest
 
 from gatedfm.evaluation.importance_config import ImportanceConfig
 from gatedfm.evaluation.sweep import SweepConfig
+from gatedfm.evaluation.table_config import TableSweepConfig
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import TrainConfig
+from gatedfm.trainers.text_config import TextTrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / 'configs').rglob('*.py'))
@@ -23,9 +25,9 @@ def load(path, monkeypatch):
 
 
 def check(cfg):
-  assert isinstance(cfg, TrainConfig)
+  assert isinstance(cfg, TrainConfig | TextTrainConfig)
   cfg.validate()
-  assert config_lib.from_dict(TrainConfig, config_lib.to_dict(cfg)) == cfg
+  assert config_lib.from_dict(type(cfg), config_lib.to_dict(cfg)) == cfg
 
 
 def test_there_are_configurations():
@@ -46,6 +48,10 @@ def test_configuration(path, monkeypatch):
       assert point.init_from or not point.model.gates.enabled, name
     points = list(cfg.points.values())
     assert len({id(p.model) for p in points}) == len(points)
+  elif isinstance(cfg, TableSweepConfig):
+    cfg.validate()
+    for point in cfg.points.values():
+      check(point.train)
   elif isinstance(cfg, ImportanceConfig):
     cfg.validate()
   else:

@@ -44,7 +44,8 @@ class TableConfig:
       `product_quantized`, `banded` (rows in the order of their frequency), `hashed`.
     compression: share to remove. Of `factorized` of the parameters, as published; of others of the
       float32 bytes. `quantized` has its bits instead.
-    rank: R of factors, of the first band; 0 follows from the compression.
+    rank: R of factors, of the first band; 0 follows from the compression, of `quantized_factors`
+      without one from the factors that they are made of.
     bits: 16, 8 or 4, of what is quantized.
     parts: of product quantization; 0 follows from the compression.
     pieces: of each of these parts, at most 256.
@@ -79,7 +80,9 @@ class TableConfig:
       raise ConfigError('table.rank, parts and buckets are not negative, pieces 1 to 256')
     size = {'product_quantized': 'parts', 'hashed': 'buckets'}.get(self.kind, 'rank')
     sized = self.kind not in ('dense', 'quantized')
-    if sized and not (self.compression or getattr(self, size)):
+    # Quantized factors may have the rank of those that they are made of.
+    known = self.compression or getattr(self, size) or self.kind == 'quantized_factors'
+    if sized and not known:
       raise ConfigError(f'a {self.kind} table needs table.compression or table.{size}')
     if not sized and self.compression:
       raise ConfigError(
@@ -115,7 +118,7 @@ def resolved(cfg: TableConfig, rows: int, features: int) -> TableConfig:
       cfg = dataclasses.replace(cfg, rank=svd.rank_of(rows, features, cfg.compression))
     except ValueError as e:
       raise ConfigError(f'table.{e}') from None
-  elif cfg.kind in ('quantized_factors', 'banded') and not cfg.rank:
+  elif cfg.kind in ('quantized_factors', 'banded') and not cfg.rank and cfg.compression:
     cfg = largest('rank', range(1, most + 1))
   elif cfg.kind == 'product_quantized':
     cfg = dataclasses.replace(cfg, pieces=min(cfg.pieces, rows))
@@ -124,6 +127,8 @@ def resolved(cfg: TableConfig, rows: int, features: int) -> TableConfig:
   elif cfg.kind == 'hashed' and not cfg.buckets:
     # More rows of either factor are fewer of the other: from the middle on, more is larger.
     cfg = largest('buckets', range(math.isqrt(rows), rows + 1))
+  if cfg.kind == 'quantized_factors' and not cfg.rank:
+    raise ConfigError('a quantized_factors table needs table.compression or table.rank')
   if cfg.rank > most:
     raise ConfigError(f'table.rank is {cfg.rank}, of {rows} x {features} at most {most}')
   return cfg

@@ -34,6 +34,11 @@ def load_config(workdir: Path) -> TextTrainConfig:
   return config_lib.from_dict(TextTrainConfig, checkpoints.load_config(workdir, KIND))
 
 
+def load_corpus(cfg: TextTrainConfig) -> TextCorpus:
+  """The texts of a configuration; raises DataError."""
+  return text_corpus.load(cfg.data, cfg.classifier.reference_compat, cfg.data_dir)
+
+
 def complete(cfg: TextTrainConfig, corpus: TextCorpus) -> TextTrainConfig:
   """The configuration with what follows from the data: sizes, ranks.
 
@@ -54,7 +59,11 @@ def complete(cfg: TextTrainConfig, corpus: TextCorpus) -> TextTrainConfig:
       raise ConfigError(
         f'classifier.{name} is {getattr(model, name)}, of the data {value}: leave 0'
       )
-  table = tables.resolved(model.table, have['vocab_size'], features)
+  table = model.table
+  if table.kind == 'quantized_factors' and not (table.rank or table.compression) and cfg.init_from:
+    # Of the factors that it is made of.
+    table = dataclasses.replace(table, rank=load_config(Path(cfg.init_from)).classifier.table.rank)
+  table = tables.resolved(table, have['vocab_size'], features)
   return dataclasses.replace(cfg, classifier=dataclasses.replace(model, table=table, **have))
 
 
@@ -133,12 +142,15 @@ def _built(cfg: tables.TableConfig) -> tables.TableConfig:
   )
 
 
-def train(cfg: TextTrainConfig, workdir: Path | str) -> dict[str, Any]:
+def train(
+  cfg: TextTrainConfig, workdir: Path | str, corpus: TextCorpus | None = None
+) -> dict[str, Any]:
   """Trains to `cfg.epochs`, from wherever the workdir stands; reports on test once, at the end.
 
   Args:
     cfg: the whole configuration; checked before anything is compiled or written.
     workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl`, `result.json`.
+    corpus: what `load_corpus` gives, should it be at hand.
 
   Returns: the result: accuracies by split and seed, of what validation chose; what the table takes.
 
@@ -156,7 +168,7 @@ def train(cfg: TextTrainConfig, workdir: Path | str) -> dict[str, Any]:
   )
   if cfg.init_from:
     load_config(Path(cfg.init_from))
-  corpus = text_corpus.load(cfg.data, cfg.classifier.reference_compat, cfg.data_dir)
+  corpus = corpus or load_corpus(cfg)
   cfg = complete(cfg, corpus)
   with workdirs.alone(workdir):
     workdirs.check_owner(cfg, workdir, KIND)

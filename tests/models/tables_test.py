@@ -91,6 +91,7 @@ def test_factors_can_be_quantized_later():
   [
     ({'kind': 'factorised'}, 'factorized'),
     ({'kind': 'factorized'}, 'needs table.compression or table.rank'),
+    ({'kind': 'quantized_factors'}, 'needs table.compression or table.rank'),
     ({'kind': 'dense', 'compression': 0.5}, 'choose another table.kind'),
     ({'kind': 'quantized', 'compression': 0.5}, 'its table.bits'),
     ({'kind': 'factorized', 'compression': 0.999}, 'leaves no rank'),

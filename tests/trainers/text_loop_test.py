@@ -174,7 +174,7 @@ def test_factors_are_quantized_as_they_were_trained(dense):
   folder = dense.parent
   factors = TableConfig('factorized', rank=3)
   text_loop.train(config(folder, table=factors, init_from=str(dense)), folder / 'factors')
-  codes = TableConfig('quantized_factors', rank=3)
+  codes = TableConfig('quantized_factors')  # of the rank that there is
   options = {'init_from': str(folder / 'factors'), 'epochs': 0}
   text_loop.train(config(folder, table=codes, **options), folder / 'codes')
   one, other = result(folder / 'factors'), result(folder / 'codes')

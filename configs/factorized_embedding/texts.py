@@ -1,0 +1,94 @@
+"""Text classifiers with word vectors, and the ways to make their tables smaller that are compared.
+
+  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan --workdir=runs/sst5 \\
+      --config.data.texts=sst5
+  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan --workdir=runs/small \\
+      --config.data.texts=sst5 --config.init_from=runs/sst5 --config.optimizer.schedule=calr \\
+      --config.classifier.table.kind=factorized --config.classifier.table.compression=0.9
+
+Learning rates, epochs and cycles were chosen on validation.
+"""
+
+import copy
+from collections.abc import Iterable
+
+from gatedfm.evaluation.table_config import TablePoint
+from gatedfm.models.tables import TableConfig
+from gatedfm.trainers.text_config import TextTrainConfig
+
+COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+# How factors of a trained table are trained on.
+SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
+# What they are made of otherwise, trained on with CALR.
+INITS = {'random': 'random', 'released': 'released_svd', 'weighted': 'weighted_svd'}
+
+
+def get_config(kind: str = 'lstm') -> TextTrainConfig:
+  """TREC's six kinds of questions by an `lstm` or a `dan`, five seeds side by side."""
+  return classifier('trec', kind)
+
+
+def classifier(texts: str, kind: str) -> TextTrainConfig:
+  """A dense training with plain vectors."""
+  cfg = TextTrainConfig()
+  cfg.classifier.kind = kind
+  cfg.data.texts = texts
+  cfg.data.vectors = 'sg-100' if texts == 'agnews' else 'glove-50'
+  cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', 40
+  cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = 3e-3, 1e-3
+  return cfg
+
+
+def points(
+  dense: TextTrainConfig,
+  compressions: Iterable[float] = COMPRESSIONS,
+  methods: Iterable[str] | None = None,
+) -> dict[str, TablePoint]:
+  """Points of one set of texts and kind of classifier, by name.
+
+  Every smaller table is trained as long as the baseline: `dense`, and then as long again. Vectors
+  that are compressed offline are trained so long at once.
+
+  Args:
+    dense: the first training.
+    compressions: shares to remove.
+    methods: which, by the first part of their points' names; None means all.
+  """
+  texts, kind = dense.data.texts, dense.classifier.kind
+  name = lambda *parts: '_'.join([texts, kind, *map(str, parts)])
+  first, baseline = name('dense'), name('longer')
+
+  def on(parent: str, table: TableConfig, schedule: str = 'calr', epochs: int | None = None):
+    cfg = copy.deepcopy(dense)
+    cfg.init_from, cfg.classifier.table = parent, table
+    cfg.epochs = dense.epochs if epochs is None else epochs
+    cfg.optimizer.schedule, cfg.optimizer.warmup = schedule, 1
+    return cfg
+
+  out = {
+    first: TablePoint('dense', dense),
+    baseline: TablePoint('dense, as long', on(first, TableConfig(), dense.optimizer.schedule)),
+  }
+
+  def add(method: str, label: str, cfg: TextTrainConfig, c: float = 0.0) -> None:
+    if methods is None or method in methods:
+      out[name(method, c) if c else name(method)] = TablePoint(label, cfg, c, baseline)
+
+  for bits in (16, 8, 4):
+    add(f'int{bits}', f'int{bits}', on(baseline, TableConfig('quantized', bits=bits), epochs=0))
+  for c in compressions:
+    for method, schedule in SCHEDULES.items():
+      add(method, f'SVD, {method}', on(first, TableConfig('factorized', c), schedule), c)
+    for method, init in INITS.items():
+      table = TableConfig('factorized', c, init=init)
+      add(method, f'{method}, calr', on(first, table), c)
+    add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
+    codes = on(name('calr', c), TableConfig('quantized_factors'), epochs=0)
+    add('int8factors', 'SVD, calr, int8', codes, c)
+    add('product', 'product quantization', on(first, TableConfig('product_quantized', c)), c)
+    for split in ('u', 'us'):
+      cfg = copy.deepcopy(dense)
+      cfg.data.offline, cfg.data.offline_compression = split, c
+      cfg.epochs = 2 * dense.epochs
+      add(f'offline{split}', f'offline, {split.upper()}', cfg, c)
+  return out

@@ -1,0 +1,128 @@
+"""A sweep over embedding tables of text classifiers: trained, compressed, trained on, compared.
+
+Every point is a workdir of its own: the same command resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from gatedfm import atomic, provenance
+from gatedfm.analysis import plots, table_report
+from gatedfm.evaluation.table_config import TableSweepConfig
+from gatedfm.trainers import config as config_lib
+from gatedfm.trainers import log, text_loop, workdirs
+from gatedfm.trainers.log import say
+from gatedfm.trainers.text_config import TextTrainConfig
+from gatedfm.trainers.text_corpus import TextCorpus
+
+
+def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
+  """Trains what is not trained yet, then compares all points with their baselines.
+
+  Args:
+    cfg: the sweep.
+    workdir: gets a folder per point, `summary.json`, tables and pictures.
+
+  Raises:
+    ConfigError, WorkdirError, DataError, CheckpointError: what cannot be, before it is trained.
+  """
+  cfg.validate()
+  workdirs.refuse_single(workdir)
+  start, results = time.perf_counter(), {}
+  corpora: dict[str, TextCorpus] = {}
+  for i, name in enumerate(cfg.points):
+    train = _placed(cfg, name, workdir)
+    there = (workdir / name / text_loop.RESULT).exists()
+    say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}' + (', which is there' if there else ''))
+    key = json.dumps([config_lib.to_dict(train.data), train.classifier.reference_compat])
+    if key not in corpora:
+      corpora[key] = text_loop.load_corpus(train)
+    results[name] = text_loop.train(train, workdir / name, corpora[key])
+    if not there and i + 1 < len(cfg.points):
+      left = _left(cfg, list(cfg.points)[i + 1 :], results, workdir)
+      say(f'sweep: {log.duration(time.perf_counter() - start)} so far, about '
+          f'{log.duration(left)} left')  # fmt: skip
+  summary = summarize(cfg, results)
+  summary['seconds'] = sum(result['seconds'] for result in results.values())
+  atomic.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=1) + '\n')
+  for name, figure in table_report.pictures(summary).items():
+    plots.save(figure, workdir / f'{name}.png')
+  say(f'{table_report.table(summary)}\nsweep: done; see {workdir}')
+  return summary
+
+
+def _placed(cfg: TableSweepConfig, name: str, workdir: Path) -> TextTrainConfig:
+  """The training of a point, its parent by folder."""
+  train = cfg.points[name].train
+  parent = str(workdir / train.init_from) if train.init_from in cfg.points else train.init_from
+  data_dir = train.data_dir or cfg.data_dir
+  return dataclasses.replace(train, name=name, init_from=parent, data_dir=data_dir)
+
+
+def _left(
+  cfg: TableSweepConfig, names: Sequence[str], results: Mapping[str, Any], workdir: Path
+) -> float:
+  """Seconds that points take by those of the same texts and kind that are done."""
+
+  def kind(name: str) -> tuple[Any, ...]:
+    train = cfg.points[name].train
+    return train.data.texts, train.classifier.kind, train.epochs > 0
+
+  seconds: dict[tuple[Any, ...], list[float]] = {}
+  for name, result in results.items():
+    seconds.setdefault(kind(name), []).append(result['seconds'])
+  known = np.mean([s for found in seconds.values() for s in found])
+  missing = [name for name in names if not (workdir / name / text_loop.RESULT).exists()]
+  return float(sum(np.mean(seconds.get(kind(name), [known])) for name in missing))
+
+
+def summarize(cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+  """Accuracies, what is lost to the baseline with its interval over seeds, sizes."""
+  points = {}
+  for name, point in cfg.points.items():
+    result = results[name]
+    train = point.train
+    row = {
+      'texts': train.data.texts,
+      'kind': train.classifier.kind,
+      'method': point.method,
+      'compression': point.compression,
+      'table': result['table'],
+      'accuracy': {split: _mean(values) for split, values in result['accuracy'].items()},
+      'seconds': result['seconds'],
+    }
+    if point.baseline:
+      row['baseline'] = point.baseline
+      row['difference'] = {
+        split: _mean(np.subtract(values, results[point.baseline]['accuracy'][split]))
+        for split, values in result['accuracy'].items()
+      }
+    points[name] = row
+  texts = {p.train.data.texts: results[name]['texts'] for name, p in cfg.points.items()}
+  return {
+    'schema': 1,
+    **provenance.collect('gatedfm.sweep'),
+    'seeds': sorted({seed for p in cfg.points.values() for seed in p.train.seeds}),
+    'texts': texts,
+    'points': points,
+  }
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+  """Mean over seeds, its 95% interval (Student's t), and each seed's value."""
+  values = np.asarray(values, np.float64)
+  out = {'mean': float(values.mean()), 'values': values.tolist()}
+  if len(values) > 1:
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    out |= {'low': out['mean'] - float(half), 'high': out['mean'] + float(half)}
+  return out
