@@ -1,0 +1,101 @@
+"""A sweep over tables trains each point once, compares seed by seed, and shows what is lost."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import tiny_texts
+
+from gatedfm.analysis import table_report
+from gatedfm.evaluation import table_sweep
+from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.models.tables import TableConfig
+from gatedfm.trainers import schedules
+
+
+def sweep(folder):
+  dense = tiny_texts.config(folder)
+  small = copy.deepcopy(dense)
+  small.init_from, small.classifier.table = 'dense', TableConfig('factorized', 0.5)
+  codes = copy.deepcopy(dense)
+  codes.init_from, codes.epochs, codes.classifier.table = 'dense', 0, TableConfig('quantized')
+  points = {
+    'dense': TablePoint('dense', dense),
+    'small': TablePoint('SVD', small, 0.5, 'dense'),
+    'int8': TablePoint('int8', codes, baseline='dense'),
+  }
+  return TableSweepConfig(points)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, fast_compilation):
+  folder = tmp_path_factory.mktemp('tables')
+  tiny_texts.write_data(folder)
+  return folder, table_sweep.run(sweep(folder), folder / 'sweep')
+
+
+def test_summary(run):
+  folder, summary = run
+  assert summary == json.loads((folder / 'sweep' / 'summary.json').read_text())
+  dense, small = (summary['points'][name] for name in ('dense', 'small'))
+  assert 'difference' not in dense
+  assert small['table']['parameters_removed'] >= 0.5
+  for split in ('validation', 'test'):
+    a, b = (np.array(p['accuracy'][split]['values']) for p in (small, dense))
+    found = small['difference'][split]
+    np.testing.assert_allclose(found['values'], a - b)
+    np.testing.assert_allclose(found['mean'], (a - b).mean())
+    assert found['low'] <= found['mean'] <= found['high']
+  assert summary['points']['int8']['table']['bytes_removed'] > 0.6
+  table = table_report.table(summary)
+  assert len(table.splitlines()) == 5
+  assert 'SVD, 50% asked' in table
+  assert (folder / 'sweep' / 'own_dan.png').exists()
+
+
+def test_student_interval():
+  found = table_sweep._mean([1.0, 2.0, 3.0, 4.0, 5.0])
+  # Of five values: 2.776 standard errors.
+  np.testing.assert_allclose(found['high'] - 3, 2.776 * np.sqrt(2.5 / 5), rtol=1e-3)
+  assert 'low' not in table_sweep._mean([1.0])
+
+
+def test_what_is_there_is_not_trained_again(run, capsys):
+  folder, summary = run
+  again = table_sweep.run(sweep(folder), folder / 'sweep')
+  out = capsys.readouterr().out
+  assert out.count('which is there') == 3
+  assert 'epoch 1' not in out
+  assert again['points'] == summary['points']
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda s: s.points.clear(), 'at least one'),
+    (lambda s: setattr(s.points['small'], 'baseline', 'int8'), 'int8, which is not trained before'),
+    (lambda s: setattr(s.points['small'], 'baseline', 'none'), 'is no point'),
+    (lambda s: setattr(s.points['dense'].train, 'init_from', 'small'), 'not trained before'),
+    (lambda s: setattr(s.points['small'].train, 'seeds', (1, 2)), 'other seeds than its baseline'),
+    (lambda s: setattr(s.points['small'].train, 'epochs', -1), 'small: epochs'),
+  ],
+)
+def test_what_cannot_be_is_refused(change, message, tmp_path):
+  cfg = sweep(tmp_path)
+  change(cfg)
+  with pytest.raises(ConfigError, match=message):
+    table_sweep.run(cfg, tmp_path / 'sweep')
+  assert not (tmp_path / 'sweep').exists()
+
+
+def test_schedules_are_drawn():
+  curves = {
+    'CLR': schedules.clr_schedule(1.0, 0.1, 5),
+    'CALR': schedules.calr_schedule(1.0, 0.1, 5),
+  }
+  figure = table_report.schedules(curves, 40, 10)
+  lines = [axes.lines[0].get_ydata() for axes in figure.axes]
+  assert [len(line) for line in lines] == [40, 40]
+  np.testing.assert_allclose(lines[0][[0, 5, 10]], [0.1, 1.0, 0.1], rtol=1e-6)
