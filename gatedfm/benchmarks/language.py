@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from gatedfm.data import lm_batches
 from gatedfm.data.lm_batches import Pair
@@ -24,6 +23,7 @@ from gatedfm.gates import Gates
 from gatedfm.models import lm, lm_costs
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
+from gatedfm.nn import low_rank
 from gatedfm.pruning import allocation, calibration, scorers
 from gatedfm.pruning.calibration import FFN, HEADS
 from gatedfm.pruning.scorers import Calibrated
@@ -82,7 +82,7 @@ def _dense(case: Case) -> LmCheckpoint:
   rng, shapes = np.random.default_rng(case.seed), lm.abstract_params(case.model)
   draw = lambda shape: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32))
   flat = {path: draw(x.shape) for path, x in shapes.items()}
-  return LmCheckpoint(case.model, traverse_util.unflatten_dict(flat, sep='/'), None, {})
+  return LmCheckpoint(case.model, low_rank.tree(flat), None, {})
 
 
 def _pruned(case: Case, say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -254,8 +254,13 @@ def within_latency(
   return best
 
 
-def texts(name: str, model: LmCheckpoint, how: Pruning) -> list[Pair]:
+def texts(name: str, model: LmCheckpoint, how: Any) -> list[Pair]:
   """Calibration examples: prompts with their right answers, or windows of a text.
+
+  Args:
+    name: of a task or a file.
+    model: whose tokenizer reads them.
+    how: `examples`, `shots`, `tokens` and `seed`, as of `Pruning`.
 
   Raises:
     DataError: a model without tokenizer, or texts that cannot be read.
@@ -283,14 +288,18 @@ def _closed(gates: dict[str, np.ndarray]) -> dict[str, str]:
 
 def describe(report: dict[str, Any]) -> Sequence[str]:
   """A report as lines for people."""
-  dense, pruned = report['dense'], report['pruned']
   closed = ', '.join(f'{count} {name.split("/")[1]}' for name, count in report['closed'].items())
-  share = lambda name: f'{pruned[name] / dense[name]:.2f} of the {name.replace("_", " ")}'
+  return [f'closed: {closed}', *left(report['dense'], report['pruned'])]
+
+
+def left(dense: Mapping[str, Any], small: Mapping[str, Any]) -> list[str]:
+  """What a smaller model costs and takes of the dense one's, as lines for people."""
+  share = lambda name: f'{small[name] / dense[name]:.2f} of the {name.replace("_", " ")}'
   names = ('parameters', 'bytes', 'macs', 'layer_macs', 'kv_bytes')
-  lines = [f'closed: {closed}', 'left: ' + ', '.join(map(share, names))]
-  if 'prefill' in pruned:
+  lines = ['left: ' + ', '.join(map(share, names))]
+  if 'prefill' in small:
     time_of = lambda kind: (
-      f'{kind} {1e3 * pruned[kind]["median"]:.1f} ms, {pruned[f"{kind}_ratio"]["median"]:.2f} of '
+      f'{kind} {1e3 * small[kind]["median"]:.1f} ms, {small[f"{kind}_ratio"]["median"]:.2f} of '
       f'{1e3 * dense[kind]["median"]:.1f} ms'
     )
     lines.append('time: ' + '; '.join(map(time_of, ('prefill', 'token'))))

@@ -17,7 +17,7 @@ from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.speech import SpeechModel
 from gatedfm.models.speech_config import ConfigError, SpeechConfig
 from gatedfm.nn import gating
-from gatedfm.nn.layers import Compacted
+from gatedfm.nn.layers import Compacted, Factorized
 
 
 def compact(params: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
@@ -113,10 +113,19 @@ def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str,
       mine = np.unique(kept // (site.units * width // linear['kernel'].shape[1]))
     columns = (mine[:, None] * width + np.arange(width)).ravel()
     units = tuple(mine.tolist())
-    out[name] = linear | {'kernel': Compacted(jnp.take(linear['kernel'], columns, axis), units)}
+    out[name] = linear | {'kernel': _taken(linear['kernel'], columns, axis, units)}
     if axis == 1 and 'bias' in linear:
       out[name]['bias'] = Compacted(linear['bias'][columns], units)
   return out
+
+
+def _taken(kernel: Any, columns: np.ndarray, axis: int, units: tuple[int, ...]) -> Any:
+  """Those rows or columns of a matrix; of factors, of the one that has them."""
+  if isinstance(kernel, Factorized):
+    factor = ('first', 'second')[axis]
+    cut = _taken(getattr(kernel, factor), columns, axis, units)
+    return kernel.replace(**{factor: cut})
+  return Compacted(jnp.take(kernel, columns, axis), units)
 
 
 def fold(params: dict[str, Any], cut: Gates, cfg: LmConfig) -> tuple[dict[str, Any], Gates]:

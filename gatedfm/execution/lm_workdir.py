@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from gatedfm.execution import compact
 from gatedfm.gates import Gates, Pattern
 from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig
+from gatedfm.nn import low_rank
 from gatedfm.nn.layers import Compacted
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
@@ -115,12 +115,14 @@ def save(workdir: Path, model: LmCheckpoint) -> None:
   """Writes a model; its configuration comes last, so that without one it is incomplete."""
   workdir.mkdir(parents=True, exist_ok=True)
   value = lambda x: x.value if isinstance(x, Compacted) else x
-  flat = {k: value(x) for k, x in _flat(model.params).items()}
+  flat = {k: value(x) for k, x in low_rank.flat(model.params).items()}
   # Of a layer without heads or channels empty arrays are left, which orbax does not take.
   plain = {k: x for k, x in flat.items() if x.size}
   largest = max(x.nbytes for x in plain.values())
   with checkpoints.Checkpoints(workdir, host_bytes=max(largest, HOST_BYTES)) as manager:
-    manager.save(0, {'params': _tree(plain)}, {'next_batch': 0, 'seconds': 0.0})
+    manager.save(
+      0, {'params': traverse_util.unflatten_dict(plain, sep='/')}, {'next_batch': 0, 'seconds': 0.0}
+    )
   if model.tokenizer is not None:
     model.tokenizer.save(workdir / TOKENIZER)
   about = {
@@ -167,22 +169,19 @@ def _read(workdir: Path, cfg: LmConfig, cut: Gates | None, dtype: Any, mesh: Any
     where, everywhere = shardings(cfg, mesh), jax.NamedSharding(mesh, jax.P())
 
   def left() -> dict[str, Any]:
-    tree = _tree({k: jnp.zeros(x.shape, dtype) for k, x in dense.items()})
+    tree = low_rank.tree({k: jnp.zeros(x.shape, dtype) for k, x in dense.items()})
     return tree if cut is None else _cut(tree, cfg, cut)
 
-  flat = _flat(jax.eval_shape(left))
+  flat = low_rank.flat(jax.eval_shape(left))
   target = {}
   for k, x in flat.items():
     shape, at = (x.value.shape, everywhere) if isinstance(x, Compacted) else (x.shape, where[k])
     target[k] = jax.ShapeDtypeStruct(shape, dtype, sharding=at)
-  read = _flat(checkpoints.load_params(workdir, _tree({k: x for k, x in target.items() if x.size})))
+  plain = traverse_util.unflatten_dict({k: x for k, x in target.items() if x.size}, sep='/')
+  read = traverse_util.flatten_dict(checkpoints.load_params(workdir, plain), sep='/')
   read |= {k: jnp.zeros(x.shape, dtype) for k, x in target.items() if not x.size}
   wrap = lambda x, value: x.replace(value=value) if isinstance(x, Compacted) else value
-  return _tree({k: wrap(x, read[k]) for k, x in flat.items()})
-
-
-_flat = functools.partial(traverse_util.flatten_dict, sep='/')
-_tree = functools.partial(traverse_util.unflatten_dict, sep='/')
+  return low_rank.tree({k: wrap(x, read[k]) for k, x in flat.items()})
 
 
 def _bits(gates: np.ndarray) -> list[str] | str:
@@ -199,4 +198,4 @@ def _gates(bits: list[str] | str) -> np.ndarray:
 def shardings(cfg: LmConfig, mesh: Any) -> dict[str, Any]:
   """Where each parameter of the unrolled layout lives, by path."""
   tree = partitioning.shardings(lm.initializer(cfg), mesh)
-  return _flat(tree)
+  return low_rank.flat(tree)

@@ -183,7 +183,7 @@ class Decoder(nn.Module):
     self.output = layers.Linear(cfg.vocab_size, ('embed', 'vocab'), dtype)
 
   def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
-    return self.embedding[tokens_BxL].astype(jnp.dtype(self.cfg.activation_dtype))
+    return layers.look_up(self.embedding, tokens_BxL, jnp.dtype(self.cfg.activation_dtype))
 
   def __call__(
     self,

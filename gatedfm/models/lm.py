@@ -14,13 +14,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from gatedfm import gates as gates_lib
 from gatedfm.gates import Gates
 from gatedfm.models import stack as stack_lib
 from gatedfm.models.lm_config import STACK, LmConfig
-from gatedfm.nn import attention, gating, layers
+from gatedfm.nn import attention, gating, layers, low_rank
 from gatedfm.partitioning import constrain
 
 
@@ -195,7 +194,7 @@ class LmDecoder(nn.Module):
   def embed(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """`[B, L, D]`."""
     cfg = self.cfg
-    x = self.embedding[tokens_BxL].astype(jnp.dtype(cfg.activation_dtype))
+    x = layers.look_up(self.embedding, tokens_BxL, jnp.dtype(cfg.activation_dtype))
     if cfg.embed_width:
       x = self.project_in(x)
     if cfg.positions == 'learned':
@@ -356,10 +355,14 @@ def for_inference(
 def initializer(cfg: LmConfig) -> Callable[[], dict[str, Any]]:
   """What would make the unrolled parameters, boxed with their axes' names."""
   model = LanguageModel(dataclasses.replace(cfg, scan_layers=False, remat='none'))
-  return lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+
+  def init() -> dict[str, Any]:
+    made = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    return low_rank.with_factors(made, cfg.ranks)
+
+  return init
 
 
 def abstract_params(cfg: LmConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of the unrolled parameters by path, nothing computed."""
-  shapes = jax.eval_shape(lambda: nn.unbox(initializer(cfg)()))
-  return traverse_util.flatten_dict(shapes, sep='/')
+  """Shapes of the unrolled parameters by path (factors as `PATH/first`), nothing computed."""
+  return low_rank.flat(jax.eval_shape(lambda: nn.unbox(initializer(cfg)())))

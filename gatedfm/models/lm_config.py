@@ -38,6 +38,8 @@ class LmConfig:
     dtype: operands of matrix products, accumulated in float32; `activation_dtype` as of
       `SpeechConfig`.
     scan_layers, remat, execution: as of `SpeechConfig`.
+    factors: matrices that are products of two (`layers.Factorized`), as `PATH:RANK`, paths being
+      those of the unrolled parameters.
   """
 
   vocab_size: int = 50_272
@@ -70,6 +72,7 @@ class LmConfig:
   scan_layers: bool = True
   remat: str = 'none'
   execution: str = 'mask'
+  factors: tuple[str, ...] = ()
 
   def validate(self) -> None:
     """Raises ConfigError, naming the field and the mend, for anything that cannot be built."""
@@ -114,6 +117,12 @@ class LmConfig:
   def padding(self) -> int:
     """A token to fill rows with."""
     return max(self.pad, 0)
+
+  @property
+  def ranks(self) -> dict[str, int]:
+    """Of `factors`, by path."""
+    pairs = (item.rpartition(':') for item in self.factors)
+    return {path: int(rank) for path, _, rank in pairs}
 
   def all_sites(self) -> tuple[gates_lib.Site, ...]:
     """Its modules. A layer without both of them is gone."""

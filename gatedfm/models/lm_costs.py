@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from gatedfm.gates import Cost
 from gatedfm.models import lm
 from gatedfm.models.lm_config import STACK, LmConfig
+from gatedfm.nn import low_rank
 from gatedfm.nn.layers import Compacted
 
 
@@ -32,18 +32,23 @@ def count(cfg: LmConfig, params: Mapping[str, Any], tokens: int) -> dict[str, in
     layers alone), `kv_bytes` (of keys and values of the text, in the type of activations).
   """
   leaves = jax.tree.leaves(params)
-  flat = traverse_util.flatten_dict(dict(params[STACK]), sep='/')
   shape = lambda x: x.value.shape if isinstance(x, Compacted) else x.shape
-  kernels = {k: shape(x) for k, x in flat.items() if k.endswith('kernel')}
-  layers = sum(math.prod(s) for k, s in kernels.items() if k.startswith('layers/')) * tokens
+  flat = {k: shape(x) for k, x in low_rank.flat(params[STACK]).items()}
+  kernels = {k: s for k, s in flat.items() if 'kernel' in k.split('/')}
+  size = lambda of: sum(math.prod(s) for s in of) * tokens
+  columns = lambda name: sum(
+    s[1] for k, s in kernels.items() if k.endswith((f'{name}/kernel', f'{name}/kernel/second'))
+  )
+  layers = size(s for k, s in kernels.items() if k.startswith('layers/'))
   # Each query head meets its own and all tokens before it twice: scores, then values.
   pairs = tokens * (tokens + 1) // 2
-  queries = sum(s[1] for k, s in kernels.items() if k.endswith('query/kernel'))
-  layers += 2 * queries * pairs
-  rest = sum(math.prod(s) for k, s in kernels.items() if not k.startswith('layers/')) * tokens
-  if cfg.tied:
-    rest += math.prod(shape(flat['embedding'])) * tokens
-  keys = sum(s[1] for k, s in kernels.items() if k.endswith('key/kernel'))
+  layers += 2 * columns('query') * pairs
+  rest = size(s for k, s in kernels.items() if not k.startswith('layers/'))
+  table = {k: s for k, s in flat.items() if k.startswith('embedding')}
+  rest += size(s for k, s in table.items() if cfg.tied or k.endswith('second'))
+  if cfg.tied:  # read on the way in too, by a row of the first factor
+    rest += size(s for k, s in table.items() if k.endswith('second'))
+  keys = columns('key')
   return {
     'parameters': sum(x.size for x in leaves),
     'bytes': sum(x.size * np.dtype(x.dtype).itemsize for x in leaves),
@@ -55,7 +60,7 @@ def count(cfg: LmConfig, params: Mapping[str, Any], tokens: int) -> dict[str, in
 
 def total(cfg: LmConfig, tokens: int) -> Cost:
   """Of the whole model, dense."""
-  shapes = traverse_util.unflatten_dict(lm.abstract_params(cfg), sep='/')
+  shapes = low_rank.tree(lm.abstract_params(cfg))
   costs = count(cfg, shapes, tokens)
   return Cost(costs['parameters'], costs['macs'], costs['bytes'])
 

@@ -14,7 +14,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import AbstractMesh
 
 from gatedfm import partitioning
@@ -22,6 +21,7 @@ from gatedfm.models import lm
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.models.stack import PREFIX
+from gatedfm.nn import low_rank
 
 # Bytes of memory, and how many of them a host has; of TPUs as a pod's hosts have them.
 CHIPS = {
@@ -86,9 +86,8 @@ def caches(cfg: LmConfig, mesh: Any, batch: int, length: int, dtype: str = 'bflo
 
 def _rows(init: Callable[[], Any], mesh: Any, dtype: str) -> list[Row]:
   boxed = jax.eval_shape(init)
-  flat = lambda tree: traverse_util.flatten_dict(tree, sep='/')
-  shardings, kinds = flat(partitioning.shardings(init, mesh)), {}
-  for path, box in flat(boxed).items():
+  shardings, kinds = low_rank.flat(partitioning.shardings(init, mesh)), {}
+  for path, box in low_rank.flat(boxed).items():
     shape, where = tuple(box.value.shape), shardings[path]
     name = re.sub(rf'{PREFIX}\d+', '*', path)
     key = name, 0, shape, dtype, tuple(box.names), tuple(where.spec), where.shard_shape(shape)

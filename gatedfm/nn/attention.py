@@ -93,14 +93,13 @@ class Attention(nn.Module):
   def kept_heads(self) -> int:
     """G, or as many as compaction has left."""
     kernel = self.key.get_variable('params', 'kernel')
-    if isinstance(kernel, layers.Compacted):
-      return kernel.value.shape[-1] // self.head_width
-    return self.kv_heads or self.heads
+    kernel = kernel.value if isinstance(kernel, layers.Compacted) else kernel
+    return self.kv_heads or self.heads if kernel is None else kernel.shape[-1] // self.head_width
 
   def _sources(self) -> tuple[int, ...] | None:
     """Which head of keys and values each query head reads, where compaction left it uneven."""
     query = self.query.get_variable('params', 'kernel')
-    if not isinstance(query, layers.Compacted) or self.kv_heads in (0, self.heads):
+    if not getattr(query, 'kept', ()) or self.kv_heads in (0, self.heads):
       return None
     kept = {g: i for i, g in enumerate(self.key.get_variable('params', 'kernel').kept)}
     ratio = self.heads // self.kv_heads

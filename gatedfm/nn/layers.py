@@ -14,6 +14,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Dtype = Any
@@ -48,6 +49,44 @@ class Compacted:
   kept: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
+@flax.struct.dataclass
+class Factorized:
+  """A matrix as the product of two, `[in, R] @ [R, out]`, which is never made.
+
+  It stands among the parameters where the matrix would; what reads that by `param` needs `dot`,
+  `look_up`, `.T` and `.shape` alone. Each factor may be `Indexed` or `Compacted`.
+  """
+
+  first: Any
+  second: Any
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of the product."""
+    value = lambda x: x.value if isinstance(x, Compacted) else x
+    return (*value(self.first).shape[:-1], value(self.second).shape[-1])
+
+  @property
+  def rank(self) -> int:
+    """R."""
+    return (self.second.value if isinstance(self.second, Compacted) else self.second).shape[-2]
+
+  @property
+  def T(self) -> Factorized:
+    """The transposed product."""
+    return Factorized(self.second.T, self.first.T)
+
+  @property
+  def kept(self) -> tuple[int, ...]:
+    """As of `Compacted`."""
+    return getattr(self.second, 'kept', ()) or getattr(self.first, 'kept', ())
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """The product, for what reads matrices on the host."""
+    value = lambda x: np.asarray(x.value if isinstance(x, Compacted) else x, np.float32)
+    return (value(self.first) @ value(self.second)).astype(dtype or np.float32)
+
+
 def param(
   module: nn.Module,
   name: str,
@@ -55,11 +94,15 @@ def param(
   axes: Sequence[str | None],
   shape: Sequence[int],
 ) -> jax.Array:
-  """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed`.
+  """A float32 parameter whose axes carry logical names; for `dot` it may be `Indexed` or
+  `Factorized`.
 
   What is `Compacted` may be of another shape.
   """
   given = module.get_variable('params', name)
+  if isinstance(given, Factorized):
+    whole = lambda x: x.value if isinstance(x, Compacted) else x
+    return Factorized(whole(given.first), whole(given.second))
   if isinstance(given, Compacted):
     return given.value
   if isinstance(given, Indexed):
@@ -72,7 +115,7 @@ def param(
   return module.param(name, nn.with_logical_partitioning(init, named), tuple(shape))
 
 
-def dot(x: jax.Array, w: jax.Array | Indexed, dtype: Dtype) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Indexed | Factorized, dtype: Dtype) -> jax.Array:
   """`x @ w` with operands in `dtype`, accumulated in float32, returned in x's dtype.
 
   Shapes `[..., in] @ [in, out]`. A few rows and a float32 matrix stay float32 on CPUs, see
@@ -80,7 +123,16 @@ def dot(x: jax.Array, w: jax.Array | Indexed, dtype: Dtype) -> jax.Array:
   left to autodiff, a float32 cotangent would pull both gradient products up to float32, and
   on CPUs that is three times slower than bfloat16 tiles.
   """
+  if isinstance(w, Factorized):
+    return dot(dot(x, w.first, dtype), w.second, dtype)
   return _differentiable_dot(x, w.take() if isinstance(w, Indexed) else w, dtype)
+
+
+def look_up(table: jax.Array | Factorized, ids: jax.Array, dtype: Dtype) -> jax.Array:
+  """Rows `[..., D]` of a table `[V, D]`, in `dtype`; products of factors as of `dot`."""
+  if isinstance(table, Factorized):
+    return dot(table.first[ids].astype(dtype), table.second, dtype)
+  return table[ids].astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -177,7 +229,8 @@ class Linear(nn.Module):
     kernel = param(self, 'kernel', self.kernel_init, self.axes, (x.shape[-1], self.features))
     if not self.use_bias:
       return dot(x, kernel, self.dtype)
-    width = self.features if isinstance(kernel, Indexed) else kernel.shape[-1]
+    last = kernel.second if isinstance(kernel, Factorized) else kernel
+    width = self.features if isinstance(last, Indexed) else last.shape[-1]
     bias = param(self, 'bias', nn.initializers.zeros, ('small',), (width,))
     return dot(x, kernel, self.dtype) + bias.astype(x.dtype)
 
