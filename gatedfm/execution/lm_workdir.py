@@ -177,8 +177,8 @@ def _read(workdir: Path, cfg: LmConfig, cut: Gates | None, dtype: Any, mesh: Any
   for k, x in flat.items():
     shape, at = (x.value.shape, everywhere) if isinstance(x, Compacted) else (x.shape, where[k])
     target[k] = jax.ShapeDtypeStruct(shape, dtype, sharding=at)
-  plain = traverse_util.unflatten_dict({k: x for k, x in target.items() if x.size}, sep='/')
-  read = traverse_util.flatten_dict(checkpoints.load_params(workdir, plain), sep='/')
+  some = low_rank.tree({k: x for k, x in target.items() if x.size})
+  read = low_rank.flat(checkpoints.load_params(workdir, some))
   read |= {k: jnp.zeros(x.shape, dtype) for k, x in target.items() if not x.size}
   wrap = lambda x, value: x.replace(value=value) if isinstance(x, Compacted) else value
   return low_rank.tree({k: wrap(x, read[k]) for k, x in flat.items()})

@@ -8,7 +8,7 @@ from typing import Any
 
 from gatedfm import gates as gates_lib
 from gatedfm.models.speech_config import ConfigError, choice
-from gatedfm.nn import layers
+from gatedfm.nn import layers, low_rank
 
 STACK = 'decoder'
 
@@ -121,8 +121,7 @@ class LmConfig:
   @property
   def ranks(self) -> dict[str, int]:
     """Of `factors`, by path."""
-    pairs = (item.rpartition(':') for item in self.factors)
-    return {path: int(rank) for path, _, rank in pairs}
+    return low_rank.ranks(self.factors)
 
   def all_sites(self) -> tuple[gates_lib.Site, ...]:
     """Its modules. A layer without both of them is gone."""

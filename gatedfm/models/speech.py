@@ -217,7 +217,7 @@ def for_inference(
   dtype = jnp.dtype(cfg.dtype)
 
   def cast(path: tuple, x: jax.Array) -> jax.Array:
-    names = [k.key for k in path]
+    names = [k.key for k in path if hasattr(k, 'key')]  # factors have names of another kind
     # Gates are decided, and depthwise convolutions computed, in float32.
     exact = 'conv' in names or any(name in GATE_MODULES for name in names)
     # A decoder reads its matrices token by token, except for what it makes of the memory.

@@ -6,7 +6,7 @@ No postponed annotations here: config flags read the fields' types to parse over
 import dataclasses
 
 from gatedfm import gates as gates_lib
-from gatedfm.nn import gating
+from gatedfm.nn import gating, low_rank
 
 CONTEXTS = ('speech', 'language', 'task')
 ENCODER_MODULES = {
@@ -100,6 +100,8 @@ class SpeechConfig:
     merge_folded: an E-Branchformer's merge constants stand in `merge_bias` (inference).
     remat: `none`, `full` (recompute each layer) or `dots` (keep matrix products).
     execution: how gates are executed: `mask`, `skip` or `bucketed`.
+    factors: matrices that are products of two (`layers.Factorized`), as `PATH:RANK`, such as
+      decoder/embedding, decoder/output/kernel, ctc/kernel; made by SVD of those of `init_from`.
   """
 
   vocab_size: int = 0
@@ -127,6 +129,7 @@ class SpeechConfig:
   merge_folded: bool = False
   remat: str = 'none'
   execution: str = 'mask'
+  factors: tuple[str, ...] = ()
   gates: GateConfig = dataclasses.field(default_factory=GateConfig)
 
   def validate(self) -> None:
@@ -159,7 +162,18 @@ class SpeechConfig:
       raise ConfigError(f'model.cgmlp={self.cgmlp} must be even: half of it gates the other half')
     if not 0 <= self.dropout < 1 or not 0 <= self.attention_dropout < 1:
       raise ConfigError('model.dropout and model.attention_dropout lie in [0, 1)')
+    if not isinstance(self.factors, tuple | list):
+      raise ConfigError(f'model.factors is {self.factors!r}; write a tuple: ({self.factors!r},)')
+    try:
+      low_rank.ranks(self.factors)
+    except ValueError as e:
+      raise ConfigError(f'model.{e}') from None
     self.gates.validate()
+
+  @property
+  def ranks(self) -> dict[str, int]:
+    """Of `factors`, by path."""
+    return low_rank.ranks(self.factors)
 
   def all_sites(self) -> tuple[gates_lib.Site, ...]:
     """Every gateable site of the model, gated or not."""

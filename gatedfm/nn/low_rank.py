@@ -6,7 +6,7 @@ On disk and in tables of shapes a factor is an array of its own, `PATH/first` an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,21 @@ from flax import traverse_util
 from gatedfm.nn.layers import Factorized
 
 _KEYS = {'first', 'second'}
+
+
+def ranks(factors: Iterable[str]) -> dict[str, int]:
+  """R by path, of items `PATH:RANK`.
+
+  Raises:
+    ValueError: another item.
+  """
+  out = {}
+  for item in factors:
+    path, _, rank = item.rpartition(':')
+    if not path or not rank.isdecimal() or not int(rank):
+      raise ValueError(f'factors {item!r}: write PATH:RANK, such as decoder/embedding:26')
+    out[path] = int(rank)
+  return out
 
 
 def flat(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +50,15 @@ def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return joined(traverse_util.unflatten_dict(dict(leaves), sep='/'))
 
 
+def separate(node: Any) -> Any:
+  """A tree as it is saved, in which factors are dictionaries."""
+  if isinstance(node, Factorized):
+    return {'first': node.first, 'second': node.second}
+  return {k: separate(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+
 def joined(node: Any) -> Any:
-  """A tree as it was saved, in which factors are dictionaries, as what it stands for."""
+  """Inverse of `separate`."""
   if not isinstance(node, dict):
     return node
   if set(node) == _KEYS:

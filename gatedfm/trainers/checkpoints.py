@@ -16,6 +16,8 @@ import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from gatedfm.nn import low_rank
+
 FOLDER = 'checkpoints'
 # Kinds of models, and what only their configurations have.
 KINDS = {'speech': 'model', 'language': 'language_model', 'text': 'classifier'}
@@ -157,6 +159,7 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   if abstract is None:
     target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
   else:
+    abstract = low_rank.separate(abstract)
     _check(workdir, abstract, saved, optional)
     have = traverse_util.flatten_dict(saved)
     kept = {k: v for k, v in traverse_util.flatten_dict(abstract).items() if k in have}
@@ -166,7 +169,8 @@ def load_params(workdir: Path, abstract: Any = None, optional: str = '') -> Any:
   with context:
     path = str((folder / str(step)).absolute())
     try:
-      return ocp.load(path, {'params': target}, checkpointable_name='state')['params']
+      params = ocp.load(path, {'params': target}, checkpointable_name='state')['params']
+      return low_rank.joined(params)
     except (KeyError, OSError, TypeError, ValueError) as e:  # whatever a file cut short makes of it
       raise CheckpointError(f'{path} is damaged: {e}') from e
 

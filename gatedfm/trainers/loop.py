@@ -20,7 +20,10 @@ from jax.experimental import multihost_utils
 from gatedfm import atomic, compiling, partitioning
 from gatedfm.data import corpus, pipeline, sources
 from gatedfm.data.types import DataError
+from gatedfm.factorization import svd
 from gatedfm.models.gate_predictor import GATE_MODULES
+from gatedfm.nn import low_rank
+from gatedfm.nn.layers import Factorized
 from gatedfm.trainers import checkpoints, log, optimizer, step, throughput, workdirs
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import ConfigError, TrainConfig
@@ -137,7 +140,7 @@ def _restore(
     say(f'restore: continuing from {cfg.continue_from}')
     return state, progress
   if cfg.init_from:  # refused, if it must be, before anything is compiled
-    loaded = checkpoints.load_params(Path(cfg.init_from), abstract.params, ' '.join(GATE_MODULES))
+    loaded = _parent(cfg, abstract.params)
   state = jax.jit(step.unboxed(init), out_shardings=shardings)(jax.random.key(cfg.seed))
   if cfg.init_from:
     made = traverse_util.flatten_dict(state.params)
@@ -150,6 +153,31 @@ def _restore(
   else:
     say('restore: nothing to restore, starting from scratch')
   return state, nothing
+
+
+def _parent(cfg: TrainConfig, abstract: Any) -> Any:
+  """Parameters of `init_from` as this model has them: matrices by SVD, where it has factors."""
+  folder = Path(cfg.init_from)
+  before = checkpoints.load_config(folder)['model'].get('factors', ())
+  mine, theirs = cfg.model.ranks, low_rank.ranks(before)
+  new = {path: rank for path, rank in mine.items() if path not in theirs}
+  flat = traverse_util.flatten_dict(abstract, sep='/')
+
+  def whole(x: Factorized) -> jax.ShapeDtypeStruct:
+    everywhere = jax.NamedSharding(x.first.sharding.mesh, jax.P())
+    return jax.ShapeDtypeStruct(x.shape, x.first.dtype, sharding=everywhere)
+
+  wanted = flat | {path: whole(flat[path]) for path in new}
+  nested = traverse_util.unflatten_dict(wanted, sep='/')
+  loaded = checkpoints.load_params(folder, nested, ' '.join(GATE_MODULES))
+  found = traverse_util.flatten_dict(loaded, sep='/')
+  for path, rank in new.items():
+    factors = svd.factorize(np.asarray(found[path].addressable_data(0)), rank, split='balanced')
+    place = lambda x, like: jax.device_put(x, like.sharding)
+    pair = place(factors.first, flat[path].first), place(factors.second, flat[path].second)
+    found[path] = Factorized(*pair)
+    say(f'restore: {path} by rank {rank}, {100 * factors.energy:.1f}% of its energy')
+  return traverse_util.unflatten_dict(found, sep='/')
 
 
 @contextlib.contextmanager
@@ -277,7 +305,8 @@ def _run(
   evaluate = Evaluator(cfg, assets, validation_split, mesh)
 
   init = step.make_init(cfg)
-  shardings = partitioning.shardings(init, mesh, jax.random.key(0))
+  with _naming('model'):
+    shardings = partitioning.shardings(init, mesh, jax.random.key(0))
   state, progress = _restore(cfg, ckpt, init, shardings)
   first = int(state.step)
   if first >= cfg.steps:

@@ -22,7 +22,7 @@ from gatedfm.data.features import FeatureStats
 from gatedfm.models import speech_costs
 from gatedfm.models.speech import Output, SpeechModel
 from gatedfm.models.speech_config import SpeechConfig
-from gatedfm.nn import gating
+from gatedfm.nn import gating, low_rank
 from gatedfm.trainers import augment, losses, optimizer
 from gatedfm.trainers.config import TrainConfig
 
@@ -44,7 +44,8 @@ def init_params(cfg: SpeechConfig, key: jax.Array) -> Any:
   context = gating.Context(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
   features = jnp.zeros((1, 32, cfg.mels))
   tokens = jnp.zeros((1, 2), jnp.int32)
-  return SpeechModel(cfg).init(key, features, jnp.array([32]), tokens, context)['params']
+  made = SpeechModel(cfg).init(key, features, jnp.array([32]), tokens, context)['params']
+  return low_rank.with_factors(made, cfg.ranks)
 
 
 def make_init(cfg: TrainConfig) -> Callable[[jax.Array], TrainState]:

@@ -15,6 +15,8 @@ import tiny_run
 
 from gatedfm.data import corpus, pipeline
 from gatedfm.data.types import DataError
+from gatedfm.execution.recognizer import Recognizer
+from gatedfm.factorization import svd
 from gatedfm.trainers import checkpoints, log, loop, workdirs
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.config import ConfigError
@@ -196,6 +198,67 @@ def test_starting_from_another_runs_parameters(fake, tone_data, dense_run, tmp_p
   assert_equal({k: first.params[k] for k in parent}, parent)
   assert content(tmp_path / 'assets').values()
   assert list(content(tmp_path / 'assets').values()) == list(content(dense_run / 'assets').values())
+
+
+FACTORS = ('decoder/embedding:4', 'decoder/output/kernel:16', 'ctc/kernel:16')
+
+
+def test_matrices_of_another_run_become_factors(cfg, fake, dense_run, tmp_path, capsys):
+  cfg.init_from, cfg.model.factors, cfg.steps = str(dense_run), FACTORS, 4
+  cfg.checkpoint_every, fake.sigterm_at = 2, 2
+  with pytest.raises(loop.Stopped):
+    loop.train(cfg, tmp_path / 'run')
+  assert 'restore: decoder/embedding by rank 4, ' in capsys.readouterr().out
+  first, parent = fake.states[0].params, checkpoints.load_params(dense_run)
+  for module in ('decoder/output', 'ctc'):
+    pair = [tree['decoder']['output'] if '/' in module else tree['ctc'] for tree in (first, parent)]
+    got, want = (np.asarray(x['kernel']) for x in pair)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+  table = first['decoder']['embedding']
+  best = svd.factorize(parent['decoder']['embedding'], 4).product()
+  np.testing.assert_allclose(np.asarray(table), best, atol=1e-5)
+  fake.sigterm_at = None
+  loop.train(cfg, tmp_path / 'run')
+  assert 'restore: resuming at step 2' in capsys.readouterr().out
+  assert_equal(fake.states[2].params, first)
+  # Factors start from factors as they are.
+  cfg.init_from = str(tmp_path / 'run')
+  cfg.model.factors = (*FACTORS, 'subsample/out/kernel:9')
+  loop.train(cfg, tmp_path / 'next')
+  again = fake.states[4].params
+  assert_equal(again['decoder'], first['decoder'])
+  assert again['subsample']['out']['kernel'].rank == 9
+
+
+@pytest.mark.parametrize(
+  ('factors', 'message'),
+  [
+    (('decoder/embedding',), 'write PATH:RANK'),
+    (('decoder/nothing:3',), 'decoder/nothing:3 of factors is none'),
+    (('decoder/embedding:17',), 'no such rank'),
+    ('decoder/embedding:3', 'write a tuple'),
+  ],
+)
+def test_factors_that_cannot_be(factors, message, cfg, fake, dense_run, tmp_path):
+  cfg.init_from, cfg.model.factors = str(dense_run), factors
+  with pytest.raises(ConfigError, match=message):
+    loop.train(cfg, tmp_path / 'run')
+  assert not fake.states
+
+
+def test_factors_are_trained_and_recognise(cfg, dense_run, tmp_path, fast_compilation):
+  cfg.init_from, cfg.model.factors, cfg.steps = str(dense_run), FACTORS, 2
+  loop.train(cfg, tmp_path / 'run')
+  start, end = (checkpoints.load_params(w)['decoder'] for w in (dense_run, tmp_path / 'run'))
+  assert end['embedding'].rank == 4
+  moved = np.abs(np.asarray(end['output']['kernel']) - start['output']['kernel'])
+  assert 0 < moved.max() < 0.1
+  features = np.random.default_rng(0).normal(-5, 4, (1, 64, 80)).astype(np.float32)
+  answers = [
+    Recognizer.load(tmp_path / 'run', execution)(features, np.array([64]), 'asr', ['fra'])
+    for execution in ('mask', 'skip')
+  ]
+  np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
 
 
 def test_parameters_that_do_not_fit_are_named(fake, tone_data, dense_run, tmp_path):
