@@ -20,8 +20,8 @@ _SCORER = flags.DEFINE_string('scorer', 'taylor', 'How modules and units are sco
 _BUDGET = flags.DEFINE_string(
   'budget',
   None,
-  'Shares to close: heads:0.7,ffn:0.2; also attention, channels, layers. Or a share of the model: '
-  'params:0.3, macs:0.3, latency:0.3 (measured).',
+  'Shares to close: heads:0.7,ffn:0.2; also attention, channels, layers, and ranks of factorized '
+  'embeddings. Or a share of the model: params:0.3, macs:0.3, bytes:0.3, latency:0.3 (measured).',
 )
 _OVER = flags.DEFINE_list('over', ['heads', 'ffn'], 'What a share of the model is closed among.')
 _STEPS = flags.DEFINE_integer('steps', 1, 'Parts of the budget; what is left is scored anew.')

@@ -86,6 +86,8 @@ class HeadScorer:
     sites = self.cfg.all_sites()
     if gates is not None:
       sites += tuple(s for s in self.cfg.unit_sites() if s.name in gates.values)
+    if any(s.unit == 'rank' for s in sites):
+      raise ValueError('gates of ranks are not read here: score the compacted model')
     whole = {} if gates is None else gates_lib.completed(gates, sites).stack(STACK, sites)
     units = {s.module: s.units > 1 for s in sites}
     if any(np.ndim(g) > 1 + units[m] for m, g in whole.items()):
@@ -118,7 +120,8 @@ class HeadScorer:
     out = np.zeros(self.cfg.heads)
     if found is not None:
       kernel = layer['attention']['attention']['query']['kernel']
-      out[list(kernel.kept) if isinstance(kernel, layers.Compacted) else slice(None)] = found
+      kept = getattr(kernel, 'kept', None)
+      out[slice(None) if kept is None else list(kept)] = found
     is_open = np.asarray(gates.get('attention_heads', 1)) * np.asarray(gates.get('attention', 1))
     return np.where(is_open > 0, out, 0)
 
@@ -193,5 +196,11 @@ def _reader(decoder: dict[str, Any], text: np.ndarray) -> dict[str, Any]:
   """What `logits` reads, of a vocabulary that is the text: token t is the one that stands at t."""
   out = {k: v for k, v in decoder.items() if k != 'layers'}
   if 'output' in out:
-    out['output'] = {'kernel': decoder['output']['kernel'][:, text]}
-  return out | {'embedding': decoder['embedding'][text]}
+    kernel = decoder['output']['kernel']
+    out['output'] = {'kernel': kernel.T.take(text).T if _is_product(kernel) else kernel[:, text]}
+  table = decoder['embedding']
+  return out | {'embedding': table.take(text) if _is_product(table) else table[text]}
+
+
+def _is_product(matrix: Any) -> bool:
+  return isinstance(matrix, layers.Factorized)

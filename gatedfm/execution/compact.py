@@ -87,6 +87,9 @@ def compact_units(
     open_NxU = given.reshape(shape) if given.size == site.size else np.broadcast_to(given, shape)
     if ((open_NxU != 0) & (open_NxU != 1)).any():
       raise ValueError(f'gates of {site.name} lie between open and closed: multiply by them')
+    if site.unit == 'rank':
+      out[site.stack] = out[site.stack] | _with_ranks(out[site.stack], np.flatnonzero(open_NxU))
+      continue
     module = site.module.rsplit('_', 1)[0]
     inner = 'attention' if site.unit == 'head' else 'ffn'
     layers = dict(out[site.stack]['layers'])
@@ -99,6 +102,14 @@ def compact_units(
         layers[f'{stack.PREFIX}{i}'] = layer | {module: layer[module] | kept}
     out[site.stack] = out[site.stack] | {'layers': layers}
   return out
+
+
+def _with_ranks(stack_params: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
+  """The embeddings' factors with those ranks alone."""
+  table = stack_params['embedding']
+  first, second = jnp.take(table.first, kept, 1), jnp.take(table.second, kept, 0)
+  units = tuple(kept.tolist())
+  return {'embedding': Factorized(Compacted(first, units), Compacted(second, units))}
 
 
 def _narrowed(params: dict[str, Any], site: Site, kept: np.ndarray) -> dict[str, Any]:

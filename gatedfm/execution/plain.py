@@ -38,7 +38,7 @@ def plain(model: LmCheckpoint) -> LmCheckpoint:
   params, cut = compact.fold(model.params, model.cut, model.cfg)
   model = dataclasses.replace(model, params=params, cut=cut)
   cfg, pairs = model.cfg, _pairs(model)
-  heads_NxH, channels_NxF = (model.cut[site.name] for site in cfg.unit_sites())
+  heads_NxH, channels_NxF, *ranks = (model.cut[site.name] for site in cfg.unit_sites())
   attentions, ffns = (list(numbers) for numbers in zip(*pairs))
   heads = _alike(attentions, heads_NxH[attentions].sum(1), 'heads')
   ffn = _alike(ffns, channels_NxF[ffns].sum(1), 'channels')
@@ -54,6 +54,9 @@ def plain(model: LmCheckpoint) -> LmCheckpoint:
   of = lambda i: layers[f'{PREFIX}{i}']
   merged = {f'{PREFIX}{n}': of(i) | {'ffn': of(j)['ffn']} for n, (i, j) in enumerate(pairs)}
   params = model.params | {STACK: model.params[STACK] | {'layers': merged}}
+  if ranks:
+    left = cfg.ranks | {f'{STACK}/embedding': int(ranks[0].sum())}
+    sizes['factors'] = tuple(f'{path}:{rank}' for path, rank in left.items())
   is_cut = lambda x: isinstance(x, Compacted)
   smaller = dataclasses.replace(cfg, **sizes)
   smaller.validate()

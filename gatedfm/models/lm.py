@@ -191,10 +191,12 @@ class LmDecoder(nn.Module):
     if not cfg.tied:
       self.output = layers.Linear(cfg.vocab_size, ('embed', 'vocab'), dtype, use_bias=False)
 
-  def embed(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-    """`[B, L, D]`."""
+  def embed(
+    self, tokens_BxL: jax.Array, positions_BxL: jax.Array, ranks: jax.Array | None = None
+  ) -> jax.Array:
+    """`[B, L, D]`; with `ranks`, gates of the embeddings' ranks, `[1 or B, R]`."""
     cfg = self.cfg
-    x = layers.look_up(self.embedding, tokens_BxL, jnp.dtype(cfg.activation_dtype))
+    x = layers.look_up(self.embedding, tokens_BxL, jnp.dtype(cfg.activation_dtype), ranks)
     if cfg.embed_width:
       x = self.project_in(x)
     if cfg.positions == 'learned':
@@ -214,22 +216,24 @@ class LmDecoder(nn.Module):
       positions_BxL = jnp.arange(tokens_BxL.shape[1])[None]
     else:
       seen = seen & mask_BxL[:, None, None, :]
-    x = constrain(self.embed(tokens_BxL, positions_BxL), 'batch', 'time', 'act_embed')
+    ranks, gates = _ranks(gates)
+    x = constrain(self.embed(tokens_BxL, positions_BxL, ranks), 'batch', 'time', 'act_embed')
     x, _ = self.layers(x, gates, seen, positions_BxL, deterministic)
     return self.final_norm(x) if self.cfg.final_norm else x
 
-  def logits(self, x_BxLxD: jax.Array) -> jax.Array:
+  def logits(self, x_BxLxD: jax.Array, gates: stack_lib.Gates) -> jax.Array:
     """`[..., D] -> [..., V]` float32."""
     cfg = self.cfg
     x = self.project_out(x_BxLxD) if cfg.embed_width else x_BxLxD
     x = x.astype(jnp.float32)  # a product is returned in its input's type
     if not cfg.tied:
       return self.output(x)
-    return layers.dot(x, self.embedding.T, jnp.dtype(cfg.dtype))
+    return layers.dot(x, self.embedding.T, jnp.dtype(cfg.dtype), _ranks(gates)[0])
 
   def start(self, batch: int, length: int, gates: stack_lib.Gates) -> list[attention.KeyValue]:
     """One empty cache per layer; needs the unrolled layout."""
-    return self.layers.each(lambda layer, g, _: layer.empty(batch, length, g), gates)
+    empty = lambda layer, g, _: layer.empty(batch, length, g)
+    return self.layers.each(empty, _ranks(gates)[1])
 
   def step(
     self,
@@ -244,7 +248,8 @@ class LmDecoder(nn.Module):
     columns_P = at + jnp.arange(p)
     positions_BxP = jax.lax.dynamic_slice_in_dim(_positions(mask_BxS), at, p, 1)
     seen = (jnp.arange(mask_BxS.shape[1]) <= columns_P[:, None]) & mask_BxS[:, None, None, :]
-    x = constrain(self.embed(tokens_BxP, positions_BxP), 'batch', 'time', 'act_embed')
+    ranks, gates = _ranks(gates)
+    x = constrain(self.embed(tokens_BxP, positions_BxP, ranks), 'batch', 'time', 'act_embed')
 
     def visit(layer: LmLayer, layer_gates: stack_lib.Gates, i: int) -> None:
       nonlocal x
@@ -253,6 +258,12 @@ class LmDecoder(nn.Module):
 
     self.layers.each(visit, gates)
     return self.final_norm(x) if self.cfg.final_norm else x, new
+
+
+def _ranks(gates: stack_lib.Gates) -> tuple[jax.Array | None, stack_lib.Gates]:
+  """Gates of the embeddings' ranks, `[1 or B, R]`, and those of the layers."""
+  rest = {name: g for name, g in gates.items() if name != 'embedding_ranks'}
+  return (jnp.atleast_2d(gates['embedding_ranks'][0]) if len(rest) < len(gates) else None), rest
 
 
 def _positions(mask_BxL: jax.Array | None) -> jax.Array | None:
@@ -288,7 +299,7 @@ class LanguageModel(nn.Module):
     Raises:
       ValueError: gates for a site that the model has not, or of a wrong shape; too many tokens.
     """
-    return self.logits(self.hidden(tokens_BxL, mask_BxL, gates, deterministic))
+    return self.logits(self.hidden(tokens_BxL, mask_BxL, gates, deterministic), gates)
 
   def hidden(
     self,
@@ -301,9 +312,9 @@ class LanguageModel(nn.Module):
     self._check(tokens_BxL.shape[1])
     return self.decoder.hidden(tokens_BxL, mask_BxL, self._given(gates), deterministic)
 
-  def logits(self, x: jax.Array) -> jax.Array:
-    """`[..., D] -> [..., V]` float32."""
-    return self.decoder.logits(x)
+  def logits(self, x: jax.Array, gates: Gates | None = None) -> jax.Array:
+    """`[..., D] -> [..., V]` float32; of all gates those of the embeddings' ranks count."""
+    return self.decoder.logits(x, self._given(gates))
 
   def start(self, batch: int, length: int, gates: Gates | None = None) -> list[attention.KeyValue]:
     """Caches for `length` tokens, padding included; needs the unrolled layout."""

@@ -128,10 +128,13 @@ class LmConfig:
     return tuple(gates_lib.Site(f'{STACK}/{m}', self.layers) for m in ('attention', 'ffn'))
 
   def unit_sites(self) -> tuple[gates_lib.Site, ...]:
-    """What is inside: query heads, hidden channels."""
+    """What is inside: query heads, hidden channels; ranks of embeddings that are factorized."""
+    rank = self.ranks.get(f'{STACK}/embedding')
+    more = (gates_lib.Site(f'{STACK}/embedding_ranks', 1, 'rank', rank),) if rank else ()
     return (
       gates_lib.Site(f'{STACK}/attention_heads', self.layers, 'head', self.heads),
       gates_lib.Site(f'{STACK}/ffn_channels', self.layers, 'channel', self.ffn),
+      *more,
     )
 
 

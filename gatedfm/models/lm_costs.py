@@ -91,6 +91,11 @@ def of_gates(cfg: LmConfig, tokens: int) -> dict[str, Cost]:
   ffn = add(make(0, bias * d + norm), *[channel] * cfg.ffn)
   named = {'attention': attention, 'ffn': ffn, 'layer': add(attention, ffn)}
   named |= {'attention_heads': head, 'ffn_channels': channel}
+  # Of the two factors' columns and rows: read on the way in by the second, out by both.
+  width = cfg.embed_width or cfg.d
+  macs = (width + cfg.tied * (cfg.vocab_size + width)) * tokens
+  params = cfg.vocab_size + width
+  named |= {'embedding_ranks': Cost(params, macs, params * size)}
   return {f'{STACK}/{name}': cost for name, cost in named.items()}
 
 

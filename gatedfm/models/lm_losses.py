@@ -89,7 +89,7 @@ def _log_probabilities(model, params, tokens_BxL, mask_BxL, at_BxP, gates, prefi
   else:
     x_BxLxD, _ = call(tokens_BxL, *_behind(prefix, mask_BxL), gates, method='step')
   x_BxPxD = jnp.take_along_axis(x_BxLxD, (at_BxP - 1)[..., None], 1)
-  return jax.nn.log_softmax(call(x_BxPxD, method='logits'))
+  return jax.nn.log_softmax(call(x_BxPxD, gates, method='logits'))
 
 
 def _of_targets(log_BxPxV: jax.Array, tokens_BxL: jax.Array, at_BxP: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ class Attention(nn.Module):
   def _sources(self) -> tuple[int, ...] | None:
     """Which head of keys and values each query head reads, where compaction left it uneven."""
     query = self.query.get_variable('params', 'kernel')
-    if not getattr(query, 'kept', ()) or self.kv_heads in (0, self.heads):
+    if getattr(query, 'kept', None) is None or self.kv_heads in (0, self.heads):
       return None
     kept = {g: i for i, g in enumerate(self.key.get_variable('params', 'kernel').kept)}
     ratio = self.heads // self.kv_heads

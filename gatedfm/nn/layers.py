@@ -49,6 +49,11 @@ class Compacted:
   kept: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
+def _left(x: Any) -> Any:
+  """What is left of a parameter that may be `Compacted`."""
+  return x.value if isinstance(x, Compacted) else x
+
+
 @flax.struct.dataclass
 class Factorized:
   """A matrix as the product of two, `[in, R] @ [R, out]`, which is never made.
@@ -63,28 +68,31 @@ class Factorized:
   @property
   def shape(self) -> tuple[int, int]:
     """Of the product."""
-    value = lambda x: x.value if isinstance(x, Compacted) else x
-    return (*value(self.first).shape[:-1], value(self.second).shape[-1])
+    return (*_left(self.first).shape[:-1], _left(self.second).shape[-1])
 
   @property
   def rank(self) -> int:
     """R."""
-    return (self.second.value if isinstance(self.second, Compacted) else self.second).shape[-2]
+    return _left(self.second).shape[-2]
 
   @property
   def T(self) -> Factorized:
     """The transposed product."""
-    return Factorized(self.second.T, self.first.T)
+    return Factorized(_left(self.second).T, _left(self.first).T)
+
+  def take(self, rows: np.ndarray) -> Factorized:
+    """The product's rows of these numbers."""
+    return Factorized(_left(self.first)[rows], _left(self.second))
 
   @property
-  def kept(self) -> tuple[int, ...]:
-    """As of `Compacted`."""
-    return getattr(self.second, 'kept', ()) or getattr(self.first, 'kept', ())
+  def kept(self) -> tuple[int, ...] | None:
+    """As of `Compacted`; None where no units were cut out."""
+    return getattr(self.second, 'kept', getattr(self.first, 'kept', None))
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """The product, for what reads matrices on the host."""
-    value = lambda x: np.asarray(x.value if isinstance(x, Compacted) else x, np.float32)
-    return (value(self.first) @ value(self.second)).astype(dtype or np.float32)
+    pair = (np.asarray(_left(x), np.float32) for x in (self.first, self.second))
+    return np.matmul(*pair).astype(dtype or np.float32)
 
 
 def param(
@@ -101,12 +109,9 @@ def param(
   """
   given = module.get_variable('params', name)
   if isinstance(given, Factorized):
-    whole = lambda x: x.value if isinstance(x, Compacted) else x
-    return Factorized(whole(given.first), whole(given.second))
-  if isinstance(given, Compacted):
-    return given.value
-  if isinstance(given, Indexed):
-    return given
+    return Factorized(_left(given.first), _left(given.second))
+  if isinstance(given, Compacted | Indexed):
+    return _left(given)
   # Flax wants each name once; further small axes are replicated all the same.
   named = tuple(None if a in axes[:i] else a for i, a in enumerate(axes))
   if not module.is_initializing():
@@ -115,24 +120,40 @@ def param(
   return module.param(name, nn.with_logical_partitioning(init, named), tuple(shape))
 
 
-def dot(x: jax.Array, w: jax.Array | Indexed | Factorized, dtype: Dtype) -> jax.Array:
+def dot(
+  x: jax.Array,
+  w: jax.Array | Indexed | Factorized,
+  dtype: Dtype,
+  ranks: jax.Array | None = None,
+) -> jax.Array:
   """`x @ w` with operands in `dtype`, accumulated in float32, returned in x's dtype.
 
   Shapes `[..., in] @ [in, out]`. A few rows and a float32 matrix stay float32 on CPUs, see
   `reads_float32`. The hand-written gradient casts its operands as well:
   left to autodiff, a float32 cotangent would pull both gradient products up to float32, and
-  on CPUs that is three times slower than bfloat16 tiles.
+  on CPUs that is three times slower than bfloat16 tiles. Between factors what is narrow is
+  multiplied by `ranks`, `[1 or B, R]`, their gates.
   """
   if isinstance(w, Factorized):
-    return dot(dot(x, w.first, dtype), w.second, dtype)
+    return dot(_gated(dot(x, w.first, dtype), ranks), w.second, dtype)
   return _differentiable_dot(x, w.take() if isinstance(w, Indexed) else w, dtype)
 
 
-def look_up(table: jax.Array | Factorized, ids: jax.Array, dtype: Dtype) -> jax.Array:
+def look_up(
+  table: jax.Array | Factorized, ids: jax.Array, dtype: Dtype, ranks: jax.Array | None = None
+) -> jax.Array:
   """Rows `[..., D]` of a table `[V, D]`, in `dtype`; products of factors as of `dot`."""
   if isinstance(table, Factorized):
-    return dot(table.first[ids].astype(dtype), table.second, dtype)
+    return dot(_gated(table.first[ids].astype(dtype), ranks), table.second, dtype)
   return table[ids].astype(dtype)
+
+
+def _gated(x_xR: jax.Array, ranks: jax.Array | None) -> jax.Array:
+  """Multiplied by gates `[1 or B, R]`."""
+  if ranks is None:
+    return x_xR
+  axes = (*range(1, x_xR.ndim - 1),)
+  return x_xR * jnp.expand_dims(ranks, axes).astype(x_xR.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

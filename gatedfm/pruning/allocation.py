@@ -14,7 +14,7 @@ from gatedfm.gates import Gates, Site
 from gatedfm.models import lm_costs
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER, RANKS
 
 # What budgets call the sites.
 NAMES = {
@@ -23,8 +23,9 @@ NAMES = {
   'attention': ATTENTION,
   'channels': CHANNELS,
   'layers': LAYER,
+  'ranks': RANKS,
 }
-COSTS = ('params', 'macs', 'latency')  # budgets of the whole model
+COSTS = ('params', 'macs', 'bytes', 'latency')  # budgets of the whole model
 SHAPES = ('ragged', 'bucketed', 'uniform')
 
 
@@ -103,6 +104,11 @@ def sites(budget: Mapping[str, float], how: Allocation = RAGGED) -> list[str]:
 def check(budget: Mapping[str, float], how: Allocation, known: Sequence[str]) -> None:
   """Raises ConfigError for a budget of sites without scores, or of a cost in equal layers."""
   for name in sites(budget, how):
+    if name == RANKS and name not in known:
+      raise ConfigError(
+        'no scores of ranks: there are some of taylor, fisher, magnitude and random, of models whose '
+        'embeddings are factorized (python -m gatedfm.factorize)'
+      )
     if name not in known:
       others = [k for k, site in NAMES.items() if site in known]
       raise ConfigError(f'this scorer has no scores of {name}; it has those of {", ".join(others)}')
@@ -124,9 +130,9 @@ def allocate(
 
   Of a budget by site, of each site `int(share * gates)`; where layers are `uniform`, of each the
   number nearest to its share, and where `bucketed`, what multiples of the bucket come to. Of one
-  in `params` or `macs`, of all sites that `how.over` names together those of least score for their
-  cost, until that share of the model's is gone (keys and values count where all their heads go
-  together: `how.groups`).
+  in `params`, `macs` or `bytes`, of all sites that `how.over` names together those of least score
+  for their cost, until that share of the model's is gone (keys and values count where all their
+  heads go together: `how.groups`).
 
   Args:
     scores: `[N]` or `[N, U]` by site.
@@ -166,7 +172,7 @@ def allocate(
 
 def _by_cost(scores, kind, share, cfg: LmConfig, how: Allocation, before) -> dict[str, np.ndarray]:
   """Closes what is worth least for its price, until a share of the model's cost is gone."""
-  if kind not in ('params', 'macs'):
+  if kind == 'latency':
     raise ConfigError(f'a budget in {kind} has to be measured: gatedfm.prune does')
   rows = {name: _together(name, score, cfg, how) for name, score in scores.items()}
   prices = {name: _price(name, kind, cfg, how) for name in rows}

@@ -31,6 +31,7 @@ from gatedfm.nn import layers
 
 ATTENTION, FFN = f'{STACK}/attention', f'{STACK}/ffn'
 HEADS, CHANNELS = f'{STACK}/attention_heads', f'{STACK}/ffn_channels'
+RANKS = f'{STACK}/embedding_ranks'  # of models whose embeddings are factorized
 LAYER = f'{STACK}/layer'  # no site of the model's: both modules' gates at once
 NEEDS = ('gradients', 'activations', 'removals')
 
@@ -166,7 +167,7 @@ def _step(model, needs, params, base, tokens_BxL, mask_BxL, at_BxP, weight_BxP) 
     ).values
     slopes[LAYER] = slopes[ATTENTION] + slopes[FFN]
     for name, g in slopes.items():
-      g_NxBxTxU = g[:, :, None] if name == CHANNELS else g
+      g_NxBxTxU = g[:, :, None] if name in (CHANNELS, RANKS) else g
       sums['by_token'][name] = jnp.sum(jnp.abs(g_NxBxTxU), (1, 2))
       sums['by_example'][name] = jnp.sum(jnp.square(jnp.sum(g_NxBxTxU, 2)), 1)
   if 'activations' in needs:
@@ -187,17 +188,18 @@ def _shape(gates: Any, like: jax.Array) -> tuple[int, ...]:
 
 
 def _open(cfg: LmConfig, batch: int, length: int) -> Gates:
-  """Gates of every token; of channels of every example, since they would be as large as x."""
+  """Gates of every token; of channels and ranks of every example: they would be as large as x."""
   sites = {s.name: s for s in (*cfg.all_sites(), *cfg.unit_sites())}
   each = (cfg.layers, batch, length)
-  return Gates(
-    {
-      ATTENTION: jnp.ones(each),
-      FFN: jnp.ones(each),
-      HEADS: jnp.ones((*each, sites[HEADS].units)),
-      CHANNELS: jnp.ones((cfg.layers, batch, sites[CHANNELS].units)),
-    }
-  )
+  out = {
+    ATTENTION: jnp.ones(each),
+    FFN: jnp.ones(each),
+    HEADS: jnp.ones((*each, sites[HEADS].units)),
+    CHANNELS: jnp.ones((cfg.layers, batch, sites[CHANNELS].units)),
+  }
+  if RANKS in sites:
+    out[RANKS] = jnp.ones((1, batch, sites[RANKS].units))
+  return Gates(out)
 
 
 def _activations(model, params, tokens_BxL, mask_BxL, seen_BxL, gates) -> dict[str, dict[str, Any]]:

@@ -57,12 +57,14 @@ def least_squares(
   Returns: unrolled, of the same shapes, to be masked or compacted by the same gates.
 
   Raises:
-    ConfigError: norms after the sums, which leave no linear stream.
+    ConfigError: norms after the sums, which leave no linear stream; factors.
   """
   if not cfg.pre_norm:
     raise ConfigError(
       'least-squares repair needs norms before the modules; this model has them after'
     )
+  if cfg.factors:
+    raise ConfigError('least-squares repair fits whole matrices; this model has factors')
   _, params = for_inference(cfg, params)
   whole = gates_lib.completed(gates, (*cfg.all_sites(), *cfg.unit_sites()))
   spread = lambda name, shape: np.broadcast_to(np.asarray(whole[name], np.float32), shape)

@@ -19,7 +19,8 @@ import scipy.stats
 from gatedfm.models import stack
 from gatedfm.models.lm_config import STACK, LmConfig
 from gatedfm.models.speech_config import choice
-from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER, Stats
+from gatedfm.nn.layers import Factorized
+from gatedfm.pruning.calibration import ATTENTION, CHANNELS, FFN, HEADS, LAYER, RANKS, Stats
 
 Scores = dict[str, np.ndarray]
 
@@ -48,7 +49,7 @@ class Scorer:
   score: Callable[[Calibrated], Scores]
   needs: tuple[str, ...] = ()
   comparable: bool = False
-  sites: tuple[str, ...] = (HEADS, CHANNELS, ATTENTION, FFN, LAYER)
+  sites: tuple[str, ...] = (HEADS, CHANNELS, ATTENTION, FFN, LAYER, RANKS)
 
 
 def taylor(x: Calibrated, layer_norm: bool = False) -> Scores:
@@ -63,8 +64,10 @@ def taylor(x: Calibrated, layer_norm: bool = False) -> Scores:
   stats, out = x.stats, {}
   for name, total in stats.by_token.items():
     mean = np.array(total, np.float64)
-    mean[:-1] /= stats.tokens
-    mean[-1] /= stats.targets
+    # Embeddings are read by all.
+    last = len(mean) if name == RANKS else len(mean) - 1
+    mean[:last] /= stats.tokens
+    mean[last:] /= stats.targets
     if layer_norm and mean.ndim == 2:
       mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-20)
     out[name] = mean
@@ -92,11 +95,16 @@ def wanda(x: Calibrated) -> Scores:
 
 
 def magnitude(x: Calibrated) -> Scores:
-  """L2 norm of a unit's row or rows of the output projection."""
+  """L2 norm of a unit's row or rows of the output projection; of a rank its singular value."""
   out = {}
   for name, module, kernel in ((HEADS, 'attention', 'out'), (CHANNELS, 'ffn', 'w_2')):
     out[name] = np.stack([np.linalg.norm(k, axis=1) for k in _kernels(x, module, kernel)])
-  return _gathered(x.cfg, out, lambda v: np.sqrt(np.sum(np.square(v), -1)))
+  out = _gathered(x.cfg, out, lambda v: np.sqrt(np.sum(np.square(v), -1)))
+  table = x.params[STACK]['embedding']
+  if isinstance(table, Factorized):  # singular values, wherever a split has put them
+    norm = lambda factor, axis: np.linalg.norm(np.asarray(factor, np.float32), axis=axis)
+    out[RANKS] = (norm(table.first, 0) * norm(table.second, 1))[None]
+  return out
 
 
 def influence(x: Calibrated) -> Scores:
@@ -125,7 +133,7 @@ SCORERS: dict[str, Scorer] = {
   'fisher': Scorer(fisher, ('gradients',), True),
   'activation': Scorer(activation, ('activations',), sites=_UNITS),
   'wanda': Scorer(wanda, ('activations',), sites=_UNITS),
-  'magnitude': Scorer(magnitude, sites=_UNITS),
+  'magnitude': Scorer(magnitude, sites=(*_UNITS, RANKS)),
   'influence': Scorer(influence, ('activations',), True, _MODULES),
   'oracle': Scorer(oracle, ('removals',), True, _MODULES),
   'random': Scorer(random, comparable=True),

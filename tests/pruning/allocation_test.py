@@ -34,7 +34,7 @@ def test_budgets_are_read():
   ('text', 'message'),
   [
     ('', "budget ''"),
-    ('head:0.5', 'names are heads, ffn, attention, channels, layers, params'),
+    ('head:0.5', 'names are heads, ffn, attention, channels, layers, ranks, params'),
     ('heads', 'is not a number'),
     ('heads:70', 'between 0 and 1'),
     ('heads:0.1,heads:0.2', 'names heads twice'),

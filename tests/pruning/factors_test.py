@@ -19,7 +19,7 @@ from gatedfm.models.lm import for_inference
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.nn import low_rank
 from gatedfm.nn.layers import Factorized
-from gatedfm.pruning import factors
+from gatedfm.pruning import allocation, calibration, factors, repair, scorers
 
 B, L = 2, 7
 TOKENS = np.random.default_rng(0).integers(0, 19, (B, L)).astype(np.int32)
@@ -189,3 +189,78 @@ def test_what_cannot_be_is_refused():
     factors.row_weights('frequency', cfg, params, ('*/w_1/kernel',), [])
   with pytest.raises(ValueError, match='none of the parameters'):
     lm.abstract_params(dataclasses.replace(cfg, factors=('decoder/none:3',)))
+
+
+def half_closed(cfg):
+  ranks = np.ones((1, cfg.ranks['decoder/embedding']), np.float32)
+  ranks[0, [0, 3]] = 0
+  heads = np.ones((3, cfg.heads), np.float32)
+  heads[1, :2] = 0
+  return Gates({'decoder/embedding_ranks': ranks, 'decoder/attention_heads': heads})
+
+
+def test_ranks_are_gates(kind, tmp_path):
+  """mask == compact, by one site more."""
+  small = model(kind, ('decoder/embedding',), rank=5)
+  assert small.cfg.unit_sites()[2].units == 5
+  gates = half_closed(small.cfg)
+  want = logits(small.cfg, small.params, gates)
+  assert np.abs(want - logits(small.cfg, small.params)).max() > 1e-3
+  cut = lm_workdir.compacted(small, gates, {})
+  assert cut.params['decoder']['embedding'].rank == 3
+  got = logits(cut.cfg, cut.params, cut.fixed())
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  # Gates of each example.
+  each = jax.tree.map(lambda g: np.stack([g[:, None]] * B, 1)[:, :, 0], dict(gates.values))
+  np.testing.assert_allclose(logits(small.cfg, small.params, Gates(each)), want, atol=1e-4)
+  lm_workdir.save(tmp_path / 'cut', cut)
+  read = lm_workdir.load(tmp_path / 'cut')
+  np.testing.assert_array_equal(logits(read.cfg, read.params, read.fixed()), got)
+  before, after = (lm_costs.count(m.cfg, m.params, 5) for m in (small, cut))
+  only = Gates({'decoder/embedding_ranks': gates['decoder/embedding_ranks']})
+  after = lm_costs.count(small.cfg, lm_workdir.compacted(small, only, {}).params, 5)
+  price = lm_costs.of_gates(small.cfg, 5)['decoder/embedding_ranks']
+  assert before['parameters'] - after['parameters'] == 2 * price.params
+  assert before['macs'] - after['macs'] == 2 * price.macs
+
+
+def test_scores_of_ranks_trade_with_heads(fast_compilation):
+  small = model('opt', ('decoder/embedding',), rank=6)
+  batches = list(lm_batches.batches(tiny_lm.pairs(5), 40, 32))
+  stats = calibration.collect(small.cfg, small.params, batches)
+  scored = {
+    name: scorers.get(name).score(scorers.Calibrated(small.cfg, small.params, stats))
+    for name in ('taylor', 'fisher', 'magnitude', 'random')
+  }
+  for name, scores in scored.items():
+    assert scores[calibration.RANKS].shape == (1, 6), name
+  # By example and by hand.
+  net, params = for_inference(small.cfg, small.params)
+  want = np.zeros(6)
+  for b in batches:
+    for row in range(len(b.tokens)):
+      if not b.weight[row].sum():
+        continue
+
+      def loss(ranks, b=b, row=row):
+        gates = Gates({'decoder/embedding_ranks': ranks})
+        some = b.tokens[row, None], b.mask[row, None], b.at[row, None]
+        each = lm_losses.losses(net, params, *some, gates) * b.weight[row]
+        return jnp.sum(each) / b.weight[row].sum()
+
+      want += np.square(jax.grad(loss)(jnp.ones((1, 6)))[0])
+  np.testing.assert_allclose(scored['fisher'][calibration.RANKS][0], want, rtol=1e-3)
+  singular = np.linalg.svd(tiny_lm.params('opt')['decoder']['embedding'])[1][:6]
+  np.testing.assert_allclose(scored['magnitude'][calibration.RANKS][0], singular, rtol=1e-4)
+  how = allocation.Allocation(over=('heads', 'ranks', 'ffn'))
+  gates = allocation.allocate(scored['fisher'], {'bytes': 0.3}, small.cfg, how)
+  left = lm_costs.count(small.cfg, lm_workdir.compacted(small, gates, {}).params, 5)
+  before = lm_costs.count(small.cfg, small.params, 5)
+  assert 0.5 < left['bytes'] / before['bytes'] <= 0.75
+  gates = allocation.allocate(scored['magnitude'], {calibration.RANKS: 0.5}, small.cfg)
+  assert gates[calibration.RANKS].tolist() == [[1, 1, 1, 0, 0, 0]]
+  plain = {k: v for k, v in scored['magnitude'].items() if k != calibration.RANKS}
+  with pytest.raises(ConfigError, match=r'no scores of ranks: .*gatedfm.factorize'):
+    allocation.allocate(plain, {calibration.RANKS: 0.5}, tiny_lm.KINDS['opt'])
+  with pytest.raises(ConfigError, match='this model has factors'):
+    repair.least_squares(small.cfg, small.params, Gates({}), batches)
