@@ -4,7 +4,8 @@ Example:
   python -m gatedfm.benchmark --suite=encoder --model=6x256 --json=runs/encoder.json
 
 A stack alone, a training step of the encoder, whole utterances with their gates predicted, or a
-stream of mixed utterances; language models that are pruned, or scored (--model=smollm2, opt-125m).
+stream of mixed utterances; language models that are pruned, or scored (--model=smollm2, opt-125m);
+embedding tables (--rows, --features).
 Prints a line per way and pattern; with --json writes all numbers and, beside them, a picture of
 time against the MACs that are kept.
 Programs are compiled anew each time, so that their seconds mean something: minutes for a stream,
@@ -20,7 +21,7 @@ from gatedfm import mains
 _SUITE = flags.DEFINE_enum(
   'suite',
   'encoder',
-  ['encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'scoring'],
+  ['encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'scoring', 'tables'],
   'What is timed.',
 )
 _MODEL = flags.DEFINE_string(
@@ -38,6 +39,9 @@ _TOKENS = flags.DEFINE_integer(
 _BUDGETS = flags.DEFINE_list(
   'budgets', ['heads:0.3', 'heads:0.5', 'heads:0.7', 'ffn:0.2'], 'Of language models, one each.'
 )
+_ROWS = flags.DEFINE_integer('rows', 400_000, 'Of embedding tables.')
+_FEATURES = flags.DEFINE_integer('features', 300, 'Of their rows.')
+_COMPRESSION = flags.DEFINE_float('compression', 0.9, 'Share of parameters that factors remove.')
 _CONTEXTS = flags.DEFINE_integer(
   'contexts', None, 'Gate patterns within the batch (1), or in the stream (8).'
 )
@@ -56,12 +60,15 @@ _JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
 
 # Flags that only some suites read.
 _READ_BY = {
-  'batch': ('encoder', 'decoder', 'utterance', 'train'),
+  'batch': ('encoder', 'decoder', 'utterance', 'train', 'tables'),
   'frames': ('encoder', 'decoder', 'utterance', 'train'),
   'masks': ('encoder', 'decoder', 'utterance', 'train'),
   'tokens': ('decoder', 'utterance', 'lm', 'scoring'),
   'budgets': ('lm',),
-  'rounds': ('encoder', 'decoder', 'utterance', 'stream', 'train', 'lm'),
+  'rows': ('tables',),
+  'features': ('tables',),
+  'compression': ('tables',),
+  'rounds': ('encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'tables'),
   'pruned': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'dtype': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'contexts': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
@@ -74,11 +81,15 @@ _READ_BY = {
 
 def _case():
   """The module of benchmarks that runs the suite, and what it is to time."""
-  from gatedfm.benchmarks import language, stacks, traffic
+  from gatedfm.benchmarks import embeddings, language, stacks, traffic
   from gatedfm.convert import lm_files
 
   suite, rounds, seed = _SUITE.value, _ROUNDS.value, _SEED.value
   tokens = {} if _TOKENS.value is None else {'tokens': _TOKENS.value}
+  if suite in embeddings.SUITES:
+    sizes = _ROWS.value, _FEATURES.value, _COMPRESSION.value
+    batch = {'batch': _BATCH.value} if flags.FLAGS['batch'].present else {}
+    return embeddings, embeddings.Case(*sizes, **batch, rounds=rounds, seed=seed)
   if suite in language.SUITES:
     model = lm_files.config_of(_MODEL.value if flags.FLAGS['model'].present else 'smollm2')
     how = {'rounds': rounds, 'seed': seed}

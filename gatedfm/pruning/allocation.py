@@ -106,8 +106,8 @@ def check(budget: Mapping[str, float], how: Allocation, known: Sequence[str]) ->
   for name in sites(budget, how):
     if name == RANKS and name not in known:
       raise ConfigError(
-        'no scores of ranks: there are some of taylor, fisher, magnitude and random, of models whose '
-        'embeddings are factorized (python -m gatedfm.factorize)'
+        'no scores of ranks: there are some of taylor, fisher, magnitude and random, of models '
+        'whose embeddings are factorized (python -m gatedfm.factorize)'
       )
     if name not in known:
       others = [k for k, site in NAMES.items() if site in known]
