@@ -5,7 +5,7 @@ Example:
 
 A stack alone, a training step of the encoder, whole utterances with their gates predicted, or a
 stream of mixed utterances; language models that are pruned, or scored (--model=smollm2, opt-125m);
-embedding tables (--rows, --features).
+embedding tables, and factorizing a large one (--rows, --features).
 Prints a line per way and pattern; with --json writes all numbers and, beside them, a picture of
 time against the MACs that are kept.
 Programs are compiled anew each time, so that their seconds mean something: minutes for a stream,
@@ -21,7 +21,7 @@ from gatedfm import mains
 _SUITE = flags.DEFINE_enum(
   'suite',
   'encoder',
-  ['encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'scoring', 'tables'],
+  ['encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'scoring', 'tables', 'svd'],
   'What is timed.',
 )
 _MODEL = flags.DEFINE_string(
@@ -39,7 +39,7 @@ _TOKENS = flags.DEFINE_integer(
 _BUDGETS = flags.DEFINE_list(
   'budgets', ['heads:0.3', 'heads:0.5', 'heads:0.7', 'ffn:0.2'], 'Of language models, one each.'
 )
-_ROWS = flags.DEFINE_integer('rows', 400_000, 'Of embedding tables.')
+_ROWS = flags.DEFINE_integer('rows', None, 'Of tables: 400,000, of --suite=svd 2,000,000.')
 _FEATURES = flags.DEFINE_integer('features', 300, 'Of their rows.')
 _COMPRESSION = flags.DEFINE_float('compression', 0.9, 'Share of parameters that factors remove.')
 _CONTEXTS = flags.DEFINE_integer(
@@ -65,9 +65,9 @@ _READ_BY = {
   'masks': ('encoder', 'decoder', 'utterance', 'train'),
   'tokens': ('decoder', 'utterance', 'lm', 'scoring'),
   'budgets': ('lm',),
-  'rows': ('tables',),
-  'features': ('tables',),
-  'compression': ('tables',),
+  'rows': ('tables', 'svd'),
+  'features': ('tables', 'svd'),
+  'compression': ('tables', 'svd'),
   'rounds': ('encoder', 'decoder', 'utterance', 'stream', 'train', 'lm', 'tables'),
   'pruned': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
   'dtype': ('encoder', 'decoder', 'utterance', 'stream', 'train'),
@@ -81,15 +81,18 @@ _READ_BY = {
 
 def _case():
   """The module of benchmarks that runs the suite, and what it is to time."""
-  from gatedfm.benchmarks import embeddings, language, stacks, traffic
+  from gatedfm.benchmarks import embeddings, factorizing, language, stacks, traffic
   from gatedfm.convert import lm_files
 
   suite, rounds, seed = _SUITE.value, _ROUNDS.value, _SEED.value
   tokens = {} if _TOKENS.value is None else {'tokens': _TOKENS.value}
-  if suite in embeddings.SUITES:
-    sizes = _ROWS.value, _FEATURES.value, _COMPRESSION.value
+  if suite in embeddings.SUITES + factorizing.SUITES:
+    sizes = {'features': _FEATURES.value, 'compression': _COMPRESSION.value, 'seed': seed}
+    sizes |= {} if _ROWS.value is None else {'rows': _ROWS.value}
+    if suite in factorizing.SUITES:
+      return factorizing, factorizing.SvdCase(**sizes)
     batch = {'batch': _BATCH.value} if flags.FLAGS['batch'].present else {}
-    return embeddings, embeddings.Case(*sizes, **batch, rounds=rounds, seed=seed)
+    return embeddings, embeddings.Case(**sizes, **batch, rounds=rounds)
   if suite in language.SUITES:
     model = lm_files.config_of(_MODEL.value if flags.FLAGS['model'].present else 'smollm2')
     how = {'rounds': rounds, 'seed': seed}
