@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
@@ -20,7 +21,7 @@ from gatedfm import atomic, provenance
 from gatedfm.analysis import plots, table_report
 from gatedfm.evaluation.table_config import TableSweepConfig
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers import log, text_loop, workdirs
+from gatedfm.trainers import log, optimizer, text_corpus, text_loop, workdirs
 from gatedfm.trainers.log import say
 from gatedfm.trainers.text_config import TextTrainConfig
 from gatedfm.trainers.text_corpus import TextCorpus
@@ -55,7 +56,8 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
   summary = summarize(cfg, results)
   summary['seconds'] = sum(result['seconds'] for result in results.values())
   atomic.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=1) + '\n')
-  for name, figure in table_report.pictures(summary).items():
+  pictures = table_report.pictures(summary) | {'schedules': _schedules(cfg, corpora)}
+  for name, figure in pictures.items():
     plots.save(figure, workdir / f'{name}.png')
   say(f'{table_report.table(summary)}\nsweep: done; see {workdir}')
   return summary
@@ -84,6 +86,22 @@ def _left(
   known = np.mean([s for found in seconds.values() for s in found])
   missing = [name for name in names if not (workdir / name / text_loop.RESULT).exists()]
   return float(sum(np.mean(seconds.get(kind(name), [known])) for name in missing))
+
+
+def _schedules(cfg: TableSweepConfig, corpora: Mapping[str, TextCorpus]) -> Any:
+  """The learning rates in use, drawn over the trainings of the first set of texts."""
+  first = next(iter(cfg.points.values())).train
+  corpus = next(iter(corpora.values()))
+  split = corpus.splits['train']
+  each = len(text_corpus.Batches(split, first.data.batch, first.data.buckets, (0,)))
+  curves = {}
+  for point in cfg.points.values():
+    train = point.train
+    same = train.data.texts == first.data.texts and train.epochs
+    if same and train.optimizer.schedule not in curves:
+      rate = optimizer.learning_rate(train.optimizer, train.optimizer.peak_lr, train.epochs * each)
+      curves[train.optimizer.schedule] = jax.vmap(rate)
+  return table_report.schedules(curves, max(first.epochs, 1) * each, each)
 
 
 def summarize(cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
