@@ -26,7 +26,7 @@ from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import allocation, calibration, repair, score_files, scorers
 from gatedfm.pruning.allocation import Allocation
-from gatedfm.pruning.calibration import CHANNELS, FFN, HEADS, RANKS
+from gatedfm.pruning.calibration import FFN, HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
 
 REPORT, SCORES = 'report.json', 'scores.npz'
@@ -157,9 +157,7 @@ def close(dense: LmCheckpoint, scores: Scores, how: Pruning, say: Callable[[str]
 def weighed(scorer: str, budget: Mapping[str, float], how: Allocation, scores: Scores) -> Scores:
   """Scores of one unit, their means 1, where a budget weighs sites that are not comparable."""
   sites = allocation.sites(budget, how)
-  # Channels and ranks are scored by their sum over tokens, all else token by token.
-  summed = {CHANNELS, RANKS} & set(sites)
-  alike = scorers.get(scorer).comparable and (not summed or len(sites) == 1)
+  alike = len(sites) == 1 or set(sites) <= set(scorers.get(scorer).comparable)
   if alike or not set(budget) & set(allocation.COSTS):
     return scores
   return {name: scores[name] / np.mean(scores[name]) for name in sites}

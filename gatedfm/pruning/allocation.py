@@ -202,7 +202,7 @@ def _together(name: str, score: np.ndarray, cfg: LmConfig, how: Allocation) -> n
   """Scores `[N, U]` of what closes together: a group's heads, where `how` says so."""
   _check_finite(name, score)
   each = cfg.heads // cfg.groups if how.groups and name == HEADS else 1
-  return score.reshape(cfg.layers, -1, each).sum(-1)
+  return score.reshape(len(score), -1, each).sum(-1)
 
 
 def _price(name: str, kind: str, cfg: LmConfig, how: Allocation) -> float:

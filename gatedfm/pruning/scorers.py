@@ -42,13 +42,13 @@ class Scorer:
   Attributes:
     score: the function.
     needs: what of `calibration.NEEDS` it reads.
-    comparable: whether scores of differing sites are of one unit, such as a loss.
+    comparable: sites whose scores are of one unit, such as a loss.
     sites: that it scores.
   """
 
   score: Callable[[Calibrated], Scores]
   needs: tuple[str, ...] = ()
-  comparable: bool = False
+  comparable: tuple[str, ...] = ()
   sites: tuple[str, ...] = (HEADS, CHANNELS, ATTENTION, FFN, LAYER, RANKS)
 
 
@@ -127,16 +127,19 @@ def random(x: Calibrated) -> Scores:
 
 
 _UNITS, _MODULES = (HEADS, CHANNELS, ATTENTION, FFN), (ATTENTION, FFN, LAYER)
+_ALL = (*_UNITS, LAYER, RANKS)
+# Channels and ranks are scored by their sum over tokens, these token by token.
+_BY_TOKEN = (HEADS, *_MODULES)
 SCORERS: dict[str, Scorer] = {
-  'taylor': Scorer(taylor, ('gradients',), True),
+  'taylor': Scorer(taylor, ('gradients',), _BY_TOKEN),
   'taylor_layer_norm': Scorer(lambda x: taylor(x, layer_norm=True), ('gradients',)),
-  'fisher': Scorer(fisher, ('gradients',), True),
+  'fisher': Scorer(fisher, ('gradients',), _ALL),
   'activation': Scorer(activation, ('activations',), sites=_UNITS),
   'wanda': Scorer(wanda, ('activations',), sites=_UNITS),
   'magnitude': Scorer(magnitude, sites=(*_UNITS, RANKS)),
-  'influence': Scorer(influence, ('activations',), True, _MODULES),
-  'oracle': Scorer(oracle, ('removals',), True, _MODULES),
-  'random': Scorer(random, comparable=True),
+  'influence': Scorer(influence, ('activations',), _MODULES, _MODULES),
+  'oracle': Scorer(oracle, ('removals',), _MODULES, _MODULES),
+  'random': Scorer(random, comparable=_ALL),
 }
 
 
