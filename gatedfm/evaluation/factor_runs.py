@@ -15,6 +15,7 @@ from gatedfm.execution import lm_workdir
 from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import factors
+from gatedfm.trainers import workdirs
 
 SIZES = ('rank', 'compression', 'energy')
 _ROOM = 1024  # tokens at a time
@@ -71,7 +72,13 @@ def run(
     ConfigError, DataError, WorkdirError, CheckpointError: before anything is written.
   """
   how.validate()
-  lm_workdir.refuse_used(workdir)
+  with workdirs.new(workdir) as folder:
+    return _run(checkpoint, folder, how, say)
+
+
+def _run(
+  checkpoint: Path, workdir: Path, how: Factoring, say: Callable[[str], None]
+) -> dict[str, Any]:
   dense = lm_workdir.load(checkpoint)
   factors.matrices(dense.params, how.match)
   weights = {}

@@ -22,6 +22,7 @@ import numpy as np
 from gatedfm import atomic, json_lines, metrics, provenance
 from gatedfm.analysis import importance_report, plots
 from gatedfm.data import lm_batches, questions
+from gatedfm.data.questions import Task
 from gatedfm.data.types import DataError
 from gatedfm.evaluation import pruning_runs
 from gatedfm.evaluation.few_shot import Evaluator
@@ -35,7 +36,7 @@ from gatedfm.models.speech_config import ConfigError
 from gatedfm.pruning import allocation, calibration, score_files, scorers
 from gatedfm.pruning.calibration import ATTENTION, FFN, LAYER
 from gatedfm.pruning.scorers import Calibrated, Scores
-from gatedfm.trainers import checkpoints, log
+from gatedfm.trainers import checkpoints, log, workdirs
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.log import say
 from gatedfm.trainers.workdirs import WorkdirError
@@ -57,7 +58,14 @@ def run(cfg: ImportanceConfig, workdir: Path) -> dict[str, Any]:
       questions.sample(task, split, 1, shots, 0)  # raises where there are too few
   fetched = cfg.checkpoint == 'smollm2' and not Path(cfg.checkpoint).exists()
   model = None if fetched else _whole(Path(cfg.checkpoint).expanduser())
-  _claim(cfg, workdir)
+  with workdirs.alone(workdir):
+    _claim(cfg, workdir)
+    return _run(cfg, workdir, model, tasks)
+
+
+def _run(
+  cfg: ImportanceConfig, workdir: Path, model: LmCheckpoint | None, tasks: Mapping[str, Task]
+) -> dict[str, Any]:
   model, sweep_start = model or _fetched(workdir / 'model'), time.perf_counter()
   scores = _Scores(cfg, model, workdir / 'scores')
   evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=cfg.room)
@@ -111,7 +119,7 @@ def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
   own = json.loads(json.dumps(config_lib.to_dict(cfg)))
   path = workdir / CONFIG
   if not path.exists():
-    lm_workdir.refuse_used(workdir)
+    workdirs.refuse_used(workdir)
     atomic.write_text(path, json.dumps(own, indent=1) + '\n')
     return
   old = json.loads(path.read_text())

@@ -21,6 +21,7 @@ from gatedfm.execution import lm_workdir
 from gatedfm.models.lm_config import LmConfig
 from gatedfm.pruning import score_files
 from gatedfm.pruning.calibration import HEADS
+from gatedfm.trainers import workdirs
 
 RESULT = 'induction.json'
 FRACTIONS = tuple(i / 20 for i in range(21))
@@ -50,7 +51,17 @@ def run(
     ConfigError, DataError, WorkdirError, CheckpointError: before anything is written.
   """
   how.validate()
-  lm_workdir.refuse_used(workdir)
+  with workdirs.new(workdir) as folder:
+    return _run(checkpoint, folder, how, importance, say)
+
+
+def _run(
+  checkpoint: Path,
+  workdir: Path,
+  how: Induction,
+  importance: Path | None,
+  say: Callable[[str], None],
+) -> dict[str, Any]:
   model = lm_workdir.load(checkpoint)
   ranking = None if importance is None else read_importance(importance, model.cfg)
   order = None if model.tokenizer is None else model.tokenizer.merge_order()
@@ -63,7 +74,6 @@ def run(
     'order': 'number' if order is None else 'merges',
     'seconds': time.perf_counter() - start,
   } | provenance.collect('gatedfm.induction')
-  workdir.mkdir(parents=True, exist_ok=True)
   for measure in MEASURES:
     each_ZxNxH = np.stack([scores[measure] for scores in each])
     mean_NxH, variance_NxH = each_ZxNxH.mean(0), each_ZxNxH.var(0)

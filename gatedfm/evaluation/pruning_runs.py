@@ -28,6 +28,7 @@ from gatedfm.pruning import allocation, calibration, repair, score_files, scorer
 from gatedfm.pruning.allocation import Allocation
 from gatedfm.pruning.calibration import FFN, HEADS
 from gatedfm.pruning.scorers import Calibrated, Scores
+from gatedfm.trainers import workdirs
 
 REPORT, SCORES = 'report.json', 'scores.npz'
 _ROOM = 1024  # tokens at a time
@@ -97,7 +98,13 @@ def run(
     ConfigError, DataError, WorkdirError, CheckpointError: before anything is written.
   """
   how.validate()
-  lm_workdir.refuse_used(workdir)
+  with workdirs.new(workdir) as folder:
+    return _run(checkpoint, folder, how, say)
+
+
+def _run(
+  checkpoint: Path, workdir: Path, how: Pruning, say: Callable[[str], None]
+) -> dict[str, Any]:
   dense = lm_workdir.load(checkpoint)
   if dense.cut is not None:
     raise ConfigError(f'{checkpoint} was pruned before: start from the model that it was cut from')

@@ -24,7 +24,6 @@ from gatedfm.nn import low_rank
 from gatedfm.nn.layers import Compacted
 from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
-from gatedfm.trainers.workdirs import WorkdirError
 
 TOKENIZER = 'tokenizer.json'
 HOST_BYTES = 2**27  # taken for writing a model, or as much as its largest array
@@ -103,12 +102,6 @@ def _cut(params: dict[str, Any], cfg: LmConfig, cut: Gates) -> dict[str, Any]:
   # Whole layers' units stay plain arrays only where no layer has lost one.
   narrowed = {s.name: cut[s.name] for s in cfg.unit_sites() if not cut[s.name].all()}
   return compact.compact_units(params, Gates(narrowed), cfg) if narrowed else params
-
-
-def refuse_used(workdir: Path) -> None:
-  """Raises WorkdirError where something stands already, before any work is done."""
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-    raise WorkdirError(f'{workdir} is not empty: choose another folder, or remove it')
 
 
 def save(workdir: Path, model: LmCheckpoint) -> None:

@@ -22,6 +22,7 @@ FOLDER = 'checkpoints'
 # Kinds of models, and what only their configurations have.
 KINDS = {'speech': 'model', 'language': 'language_model', 'text': 'classifier'}
 CONFIG = 'config.json'
+UNFINISHED = '.unfinished'  # what becomes a workdir at once, see workdirs.new
 
 
 class CheckpointError(ValueError):
@@ -205,6 +206,8 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
     return config
   if not workdir.exists():
     raise CheckpointError(f'{workdir} does not exist; give the workdir of a {kind} model')
+  if (workdir / UNFINISHED).exists():
+    raise CheckpointError(f'{workdir} is not finished: wait, or give its command once more')
   if runs := runs_in(workdir):
     raise CheckpointError(f'{workdir} holds several runs; give one of {", ".join(map(str, runs))}')
   raise CheckpointError(f'{workdir} has no {CONFIG}; give the workdir of a {kind} model')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ from gatedfm.trainers import checkpoints
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.log import say
 
-LOCK = '.lock'  # held by who trains in a workdir
+LOCK = '.lock'  # held by who trains in a workdir, or writes one
 SUMMARY = 'summary.json'  # of a sweep
 
 
@@ -50,7 +51,7 @@ def alone(workdir: Path) -> Iterator[None]:
   since the training is refused, go again.
 
   Raises:
-    WorkdirError: another training holds it; in all of them, so that none waits for the first.
+    WorkdirError: another process holds it; in all of them, so that none waits for the first.
   """
   made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
   workdir.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,48 @@ def alone(workdir: Path) -> Iterator[None]:
     if jax.process_count() > 1:
       mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
     if not mine:
-      raise WorkdirError(f'{workdir}: another process trains here; wait for it or stop it')
+      raise WorkdirError(f'{workdir}: another process works here; wait for it or stop it')
     try:
       yield
     finally:  # while it is locked
       if jax.process_index() == 0:
         _remove_unused(made)
+
+
+def refuse_used(workdir: Path) -> None:
+  """Raises WorkdirError where something stands already, before any work is done."""
+  own = {LOCK, checkpoints.UNFINISHED}
+  if workdir.exists() and (not workdir.is_dir() or {p.name for p in workdir.iterdir()} - own):
+    raise WorkdirError(f'{workdir} is not empty: choose another folder, or remove it')
+
+
+@contextlib.contextmanager
+def new(workdir: Path) -> Iterator[Path]:
+  """Yields where to write what stands in the workdir in the end, its configuration last.
+
+  Of what fails or is killed nothing stands there, and the same command begins anew.
+
+  Raises:
+    WorkdirError: something stands there, or another process writes there.
+  """
+  refuse_used(workdir)
+  with alone(workdir):
+    refuse_used(workdir)  # another may just have ended
+    folder, first = workdir / checkpoints.UNFINISHED, jax.process_index() == 0
+    if first:
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir()
+    try:
+      yield folder
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('all have written')
+      if first:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == checkpoints.CONFIG):
+          path.rename(workdir / path.name)
+        (workdir / LOCK).unlink()
+    finally:
+      if first:
+        shutil.rmtree(folder)
 
 
 def _remove_unused(folders: Sequence[Path]) -> None:

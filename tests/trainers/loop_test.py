@@ -300,7 +300,7 @@ def test_one_process_at_a_time_trains_in_a_workdir(cfg, fake, tmp_path, monkeypa
   cfg.steps = 1
   with (tmp_path / workdirs.LOCK).open('w') as other:
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(WorkdirError, match=f'{tmp_path}: another process trains here'):
+    with pytest.raises(WorkdirError, match=f'{tmp_path}: another process works here'):
       loop.train(cfg, tmp_path)
     assert list(content(tmp_path)) == [tmp_path / workdirs.LOCK]
     # The other processes of a training that spans several share the first one's lock.

@@ -69,4 +69,4 @@ def test_a_workdir_in_use_is_refused_by_every_process(tone_data, tmp_path):
     fcntl.flock(other, fcntl.LOCK_EX)
     for process in start(tone_data, tmp_path):
       _, err = tiny_run.finish(process, 1)
-      assert f'error: {tmp_path}: another process trains here' in err
+      assert f'error: {tmp_path}: another process works here' in err

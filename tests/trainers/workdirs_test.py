@@ -52,3 +52,37 @@ def test_a_field_newer_than_the_workdir_had_its_default_there(tone_data, tmp_pat
   cfg.data.source_weights = (0.5,) * len(cfg.data.sources)
   with pytest.raises(WorkdirError, match=r'data\.source_weights: \[\] -> \[0\.5'):
     workdirs.check_owner(cfg, tmp_path)
+
+
+def test_a_new_workdir_appears_whole_or_not_at_all(tmp_path):
+  workdir = tmp_path / 'above' / 'new'
+
+  def fail():
+    with workdirs.new(workdir) as folder:
+      (folder / checkpoints.CONFIG).write_text('{}')
+      raise ValueError('no such budget')
+
+  with pytest.raises(ValueError, match='no such budget'):
+    fail()
+  assert list(tmp_path.iterdir()) == []
+  with workdirs.new(workdir) as folder:
+    (folder / 'scores').mkdir()
+    (folder / checkpoints.CONFIG).write_text('{}')
+    assert not (workdir / checkpoints.CONFIG).exists()
+    with pytest.raises(checkpoints.CheckpointError, match=f'{workdir} is not finished'):
+      checkpoints.load_config(workdir)
+    with pytest.raises(WorkdirError, match=f'{workdir}: another process works here'):
+      workdirs.new(workdir).__enter__()
+  assert {path.name for path in workdir.iterdir()} == {'scores', checkpoints.CONFIG}
+  with pytest.raises(WorkdirError, match=f'{workdir} is not empty'):
+    workdirs.new(workdir).__enter__()
+
+
+def test_what_a_killed_process_left_goes_when_it_is_repeated(tmp_path):
+  left = tmp_path / checkpoints.UNFINISHED / checkpoints.FOLDER / '0.orbax-checkpoint-tmp'
+  left.mkdir(parents=True)
+  (tmp_path / workdirs.LOCK).touch()
+  with workdirs.new(tmp_path) as folder:
+    assert list(folder.iterdir()) == []
+    (folder / checkpoints.CONFIG).write_text('{}')
+  assert [path.name for path in tmp_path.iterdir()] == [checkpoints.CONFIG]
