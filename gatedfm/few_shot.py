@@ -6,8 +6,9 @@ Example:
   python -m gatedfm.few_shot --checkpoint=runs/opt --tasks=sst2 --model_parallel=8
 
 Dense models and pruned ones alike. Tasks are sets of StaICC, or files of one's own: .jsonl or .csv
-with context, choices and answer. What counts as answered is the choice that the model finds
-likeliest; calibrated, the one to which the question adds most.
+with context, choices and answer, half of them for training (where shots are from), 20% for
+validation and 30% for test unless a line has its split. What counts as answered is the choice that
+the model finds likeliest; calibrated, the one to which the question adds most.
 """
 
 import json
@@ -24,7 +25,7 @@ _QUESTIONS = flags.DEFINE_integer('questions', 100, 'Per task, number of shots a
 _SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Which split.')
 _SHARED = flags.DEFINE_bool('shared', True, 'The same shots for all questions of a draw.')
 _TEXT = flags.DEFINE_string('text', '', 'File whose perplexity is measured.')
-_JSON = flags.DEFINE_string('json', '', 'Where to write the numbers.')
+_JSON = flags.DEFINE_string('json', '', 'Where to write the numbers, over what is there.')
 _MESH = mains.define_model_parallel()
 flags.mark_flag_as_required('checkpoint')
 

@@ -23,6 +23,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   """
 
   def parse(argv: list[str]) -> list[str]:
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help shows those alone
     try:
       rest = flags.FLAGS(argv)
     except SystemExit as e:  # absl ends --help, which it answers here, with 1
@@ -66,6 +68,8 @@ def _explain(error: Exception) -> str:
     return f'{place}: {message if isinstance(error, ValueError) else repr(error)}'
   if flag:
     return f'{flag[1]}: {message}; what follows the colon is the argument of get_config'
+  if missing := re.search(r'Flag (--\w+) must have a value other than None', message):
+    return f'{missing[1]} is not given (--help shows an example)'
   if isinstance(error, flags.Error):
     return f'{message} (--help shows all flags)'
   return f'--config: there is no {message!r}'

@@ -16,7 +16,12 @@ from gatedfm import mains
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Language model, from import_checkpoint.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to write; it must be empty or new.')
-_SCORER = flags.DEFINE_string('scorer', 'taylor', 'How modules and units are scored.')
+_SCORER = flags.DEFINE_string(
+  'scorer',
+  'taylor',
+  'How modules and units are scored: taylor, taylor_layer_norm, fisher, activation, wanda, '
+  'magnitude, influence, oracle, random.',
+)
 _BUDGET = flags.DEFINE_string(
   'budget',
   None,

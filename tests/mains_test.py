@@ -1,6 +1,7 @@
 """The command lines: help with an example, errors without tracebacks."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import tiny_run
 from gatedfm import mains
 from gatedfm.data.types import DataError
 from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning import scorers
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.workdirs import WorkdirError
 
@@ -23,7 +25,15 @@ def run(*arguments, **variables):
   return subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
 
 
-LANGUAGE = ('memory', 'prune', 'few_shot', 'induction', 'generate', 'import_checkpoint')
+LANGUAGE = (
+  'memory',
+  'prune',
+  'few_shot',
+  'induction',
+  'generate',
+  'import_checkpoint',
+  'factorize',
+)
 
 
 @pytest.mark.parametrize('name', [*MAINS, 'benchmark', *LANGUAGE])
@@ -32,6 +42,18 @@ def test_help_shows_an_example(name):
   assert result.returncode == 0
   assert f'Example:\n  python -m gatedfm.{name} --' in result.stdout
   assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+  ('name', 'flag'), [('transcribe', '--beam'), ('few_shot', '--model_parallel')]
+)
+def test_help_shows_flags_that_commands_share(name, flag):
+  assert f'  {flag}: ' in run(f'gatedfm.{name}', '--help').stdout
+
+
+def test_help_names_all_scorers():
+  text = ' '.join(run('gatedfm.prune', '--help').stdout.split())
+  assert f'are scored: {", ".join(scorers.SCORERS)}.' in text
 
 
 def test_help_says_where_data_is_prepared():
@@ -44,7 +66,7 @@ def test_help_says_where_data_is_prepared():
 def test_required_flags(name):
   result = run(f'gatedfm.{name}')
   assert result.returncode
-  assert 'must have a value other than None' in result.stdout + result.stderr
+  assert re.fullmatch(r'error: --\w+ is not given \(--help shows an example\)\n', result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,17 @@ def sample(
   """
   asked, train = task.questions[split], task.questions['train']
   if not asked:
-    raise DataError(f'{task.name} has no questions for {split}')
+    there = ', '.join(f'{len(found)} for {name}' for name, found in task.questions.items())
+    raise DataError(
+      f'{task.name} has no questions for {split} ({there}): ask of another split, or give some '
+      f'lines of a file "split": "{split}"'
+    )
   pool = len(train) - (split == 'train')
   if pool < shots:
-    raise DataError(f'{task.name}: {shots} shots need as many other training questions; {pool}')
+    raise DataError(
+      f'{task.name}: {shots} shots need as many other questions for training; there are {pool}: '
+      'take fewer shots, or give more lines of a file "split": "train"'
+    )
   rng = np.random.default_rng(seed)
   out, drawn = [], None
   order = np.random.default_rng(0).permutation(len(asked))

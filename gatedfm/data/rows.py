@@ -30,7 +30,7 @@ def read(path: Path, made: Callable[[dict[str, Any]], T], fields: str) -> list[T
   try:
     text = path.read_text(encoding='utf-8-sig')  # Excel puts a mark in front
   except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f'{path} cannot be read: {e}') from None
+    raise DataError(f'{path} cannot be read: {getattr(e, "strerror", e)}') from None
   if path.suffix == '.csv':
     reader = csv.DictReader(io.StringIO(text, newline=''))
     rows = [(reader.line_num, row) for row in reader]

@@ -25,6 +25,7 @@ from gatedfm.trainers import workdirs
 
 RESULT = 'induction.json'
 FRACTIONS = tuple(i / 20 for i in range(21))
+TOLD = 0.1, 0.3, 0.5, 0.7
 LEAST = 0.01  # maps are logarithmic: what scores less looks alike
 
 
@@ -78,11 +79,14 @@ def _run(
     each_ZxNxH = np.stack([scores[measure] for scores in each])
     mean_NxH, variance_NxH = each_ZxNxH.mean(0), each_ZxNxH.var(0)
     result[measure] = {'mean': mean_NxH.tolist(), 'variance': variance_NxH.tolist()}
+    told = f'{measure}: {_highest(mean_NxH)}'
     if ranking is not None and mean_NxH.any():
       left = induction.retained(mean_NxH, ranking, FRACTIONS)
       result[measure]['retained'] = {'closed': list(FRACTIONS), 'share': left.tolist()}
+      some = ', '.join(f'{left[FRACTIONS.index(at)]:.2f} at {at:.0%}' for at in TOLD)
+      told += f'; left with the least important heads closed: {some}'
     plots.save(importance_plots.importance(np.maximum(mean_NxH, LEAST)), workdir / f'{measure}.png')
-    say(f'{measure}: {_highest(mean_NxH)}')
+    say(told)
   if ranking is not None:
     result['importance'] = str(importance)
   atomic.write_text(workdir / RESULT, json.dumps(result) + '\n')

@@ -77,6 +77,9 @@ def evaluate(
   if model.tokenizer is None:
     raise DataError(f'{checkpoint} has no tokenizer beside it: import it again, with its own')
   evaluator = Evaluator(model.cfg, model.params, model.tokenizer, model.fixed())
+  for task in tasks:
+    own, train = len(task.questions[asked.split]), len(task.questions['train'])
+    say(f'{task.name}: {own} questions for {asked.split}, {train} for training')
   out: dict[str, Any] = {'checkpoint': str(checkpoint), 'asked': dataclasses.asdict(asked)}
   if text is not None:
     out['perplexity'] = evaluator.perplexity(text)
@@ -113,4 +116,4 @@ def _read(path: str) -> str:
   try:
     return Path(path).expanduser().read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f'{path} cannot be read: {e}') from None
+    raise DataError(f'{path} cannot be read: {getattr(e, "strerror", e)}') from None

@@ -29,5 +29,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
   try:
     with np.load(path) as file:
       return {name.replace('.', '/'): file[name] for name in file.files}
+  except FileNotFoundError:
+    raise DataError(f'{path} does not exist; give the scores.npz of gatedfm.prune') from None
   except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:  # TypeError: one array alone
     raise DataError(f'{path} is no scores.npz of gatedfm.prune: {e}') from None

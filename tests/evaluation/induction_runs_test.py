@@ -78,7 +78,7 @@ def test_of_a_pruned_model(checkpoint, tmp_path, fast_compilation):
 @pytest.mark.parametrize(
   ('scores', 'message'),
   [
-    (None, 'is no scores.npz of gatedfm.prune'),
+    (None, 'does not exist; give the scores.npz of gatedfm.prune'),
     ({'decoder.ffn': np.ones(2)}, 'no scores of heads'),
     ({'decoder.attention_heads': np.ones((3, 4))}, r'scores \(3, 4\) heads; this model has \(2, 4'),
   ],
