@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_lm
+import tiny_speech
 from flax import traverse_util
 
 from gatedfm.data import lm_batches
@@ -237,18 +238,18 @@ def test_scores_of_ranks_trade_with_heads(fast_compilation):
   # By example and by hand.
   net, params = for_inference(small.cfg, small.params)
   want = np.zeros(7)
+
+  @tiny_speech.jit
+  @jax.grad
+  def gradient(ranks, tokens, mask, at, weight):
+    gates = Gates({'decoder/embedding_ranks': ranks})
+    each = lm_losses.losses(net, params, tokens, mask, at, gates) * weight
+    return jnp.sum(each) / weight.sum()
+
   for b in batches:
-    for row in range(len(b.tokens)):
-      if not b.weight[row].sum():
-        continue
-
-      def loss(ranks, b=b, row=row):
-        gates = Gates({'decoder/embedding_ranks': ranks})
-        some = b.tokens[row, None], b.mask[row, None], b.at[row, None]
-        each = lm_losses.losses(net, params, *some, gates) * b.weight[row]
-        return jnp.sum(each) / b.weight[row].sum()
-
-      want += np.square(jax.grad(loss)(jnp.ones((1, 7)))[0])
+    for row in np.flatnonzero(b.weight.sum(-1)):
+      some = (x[row, None] for x in (b.tokens, b.mask, b.at, b.weight))
+      want += np.square(gradient(jnp.ones((1, 7)), *some)[0])
   np.testing.assert_allclose(scored['fisher'][calibration.RANKS][0], want, rtol=1e-3)
   singular = np.linalg.svd(tiny_lm.params('opt')['decoder']['embedding'])[1][:7]
   np.testing.assert_allclose(scored['magnitude'][calibration.RANKS][0], singular, rtol=1e-4)
