@@ -33,6 +33,7 @@ LANGUAGE = (
   'generate',
   'import_checkpoint',
   'factorize',
+  'classify',
 )
 
 
@@ -100,6 +101,7 @@ def test_required_flags(name):
       ('--to=a', '--export=plain', '--param_dtype=bfloat16', 'b'),
       'error: --param_dtype is not read by --export=plain',
     ),
+    ('classify', ('--checkpoint=a',), 'error: give texts, or a file of them as --texts'),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),

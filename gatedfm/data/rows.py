@@ -15,6 +15,14 @@ SUFFIXES = ('.jsonl', '.csv')
 T = TypeVar('T')
 
 
+def text_of(path: Path) -> str:
+  """A file's text; raises DataError."""
+  try:
+    return path.read_text(encoding='utf-8-sig')  # Excel puts a mark in front
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f'{path} cannot be read: {getattr(e, "strerror", e)}') from None
+
+
 def read(path: Path, made: Callable[[dict[str, Any]], T], fields: str) -> list[T]:
   """What `made` makes of each line.
 
@@ -27,10 +35,7 @@ def read(path: Path, made: Callable[[dict[str, Any]], T], fields: str) -> list[T
   Raises:
     DataError: naming the line and the mend.
   """
-  try:
-    text = path.read_text(encoding='utf-8-sig')  # Excel puts a mark in front
-  except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f'{path} cannot be read: {getattr(e, "strerror", e)}') from None
+  text = text_of(path)
   if path.suffix == '.csv':
     reader = csv.DictReader(io.StringIO(text, newline=''))
     rows = [(reader.line_num, row) for row in reader]

@@ -73,11 +73,31 @@ def load(name: str, data_dir: Path | None = None) -> Texts:
   return _texts(name, staicc.LABELS[name], [(text, label, '') for text, label in read])
 
 
-def _example(row: dict[str, Any]) -> tuple[str, str, str]:
+def given(path: Path) -> list[tuple[str, str]]:
+  """Texts of a .txt (one a line), .jsonl or .csv file, with their labels, '' where there is none.
+
+  Raises:
+    DataError: no such file, one that is damaged, or of another kind.
+  """
+  if path.suffix in rows.SUFFIXES:
+    found = rows.read(path, lambda row: _example({'label': None} | row, ''), 'text')
+    return [(text, label) for text, label, _ in found]
+  if path.suffix != '.txt':
+    raise DataError(f'{path}: give a .txt, .jsonl or .csv file')
+  lines = [line for line in rows.text_of(path).splitlines() if line.strip()]
+  if not lines:
+    raise DataError(f'{path} holds no text')
+  return [(line, '') for line in lines]
+
+
+def _example(row: dict[str, Any], unlabelled: str | None = None) -> tuple[str, str, str]:
+  """Text, label and split; without a label `unlabelled`, if that is given."""
   text, label, split = row['text'], row['label'], row.get('split') or ''
+  if label in (None, '') and unlabelled is not None:
+    label = unlabelled
   if not isinstance(text, str) or not isinstance(label, str | int):
     raise ValueError('text is a text, label a name or a number')
-  if not text.strip() or not str(label).strip():
+  if not text.strip() or (not str(label).strip() and unlabelled is None):
     raise ValueError('an empty text or label')
   if split and split not in SPLITS:
     raise ValueError(f'split {split!r} is none of {", ".join(SPLITS)}')

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedfm import metrics
-from gatedfm.data import questions
+from gatedfm.data import questions, rows
 from gatedfm.data.types import SPLITS, DataError
 from gatedfm.evaluation.few_shot import Evaluator
 from gatedfm.execution import lm_workdir
@@ -72,7 +72,7 @@ def evaluate(
     raise ConfigError('two tasks of one name: rename a file')
   for task, shots in itertools.product(tasks, asked.shots):
     questions.sample(task, asked.split, 1, shots, 0)  # raises where there are too few
-  text = _read(asked.text) if asked.text else None
+  text = rows.text_of(Path(asked.text).expanduser()) if asked.text else None
   model = lm_workdir.load(checkpoint, mesh)
   if model.tokenizer is None:
     raise DataError(f'{checkpoint} has no tokenizer beside it: import it again, with its own')
@@ -110,10 +110,3 @@ def _scores(answered: list) -> dict[str, Any]:
   bounds = metrics.interval(counts)
   out = {'tasks': sorted({a.task for a in answered}), 'accuracy': counts.scores()}
   return out | {'interval': [bounds.low, bounds.high]}
-
-
-def _read(path: str) -> str:
-  try:
-    return Path(path).expanduser().read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f'{path} cannot be read: {getattr(e, "strerror", e)}') from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from gatedfm import atomic, provenance
 from gatedfm.analysis import importance_plots, plots
-from gatedfm.data import lm_batches, questions
+from gatedfm.data import lm_batches, questions, rows
 from gatedfm.data.lm_batches import Pair
 from gatedfm.data.types import DataError
 from gatedfm.evaluation import lm_timing
@@ -275,10 +275,7 @@ def texts(name: str, model: LmCheckpoint, how: Any) -> list[Pair]:
   if tokenizer is None:
     raise DataError('this model has no tokenizer beside it: import it again, with its own')
   if name.endswith('.txt'):
-    try:
-      text = Path(name).expanduser().read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
-      raise DataError(f'{name} cannot be read: {e}') from None
+    text = rows.text_of(Path(name).expanduser())
     length = min(how.tokens, cfg.max_tokens)
     return lm_batches.windows(tokenizer.encode(text), length, cfg.start)[: how.examples]
   task = questions.load(name)

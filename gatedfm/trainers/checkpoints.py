@@ -21,6 +21,11 @@ from gatedfm.nn import low_rank
 FOLDER = 'checkpoints'
 # Kinds of models, and what only their configurations have.
 KINDS = {'speech': 'model', 'language': 'language_model', 'text': 'classifier'}
+_READERS = {
+  'speech': 'gatedfm.train, evaluate and transcribe',
+  'language': 'gatedfm.prune, factorize, few_shot, generate and induction',
+  'text': 'gatedfm.train and classify',
+}
 CONFIG = 'config.json'
 UNFINISHED = '.unfinished'  # what becomes a workdir at once, see workdirs.new
 
@@ -199,10 +204,9 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
     except ValueError as e:
       raise CheckpointError(f'{path} is damaged: {e}') from None
     if KINDS[kind] not in config:
-      raise CheckpointError(
-        f'{workdir} does not hold a {kind} model: give the workdir of its training to what trains '
-        'or recognises, a folder of gatedfm.import_checkpoint or prune to commands of language'
-      )
+      other = next((k for k, key in KINDS.items() if key in config), '')
+      there = f'; it holds a {other} model, which {_READERS[other]} take' if other else ''
+      raise CheckpointError(f'{workdir} does not hold a {kind} model{there}')
     return config
   if not workdir.exists():
     raise CheckpointError(f'{workdir} does not exist; give the workdir of a {kind} model')

@@ -26,6 +26,7 @@ from gatedfm.trainers.text_step import Steps, TextState, Variables, keys
 from gatedfm.trainers.workdirs import WorkdirError
 
 RESULT = 'result.json'
+NAMES = 'names.json'  # of rows and classes
 KIND = 'text'
 
 
@@ -149,7 +150,7 @@ def train(
 
   Args:
     cfg: the whole configuration; checked before anything is compiled or written.
-    workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl`, `result.json`.
+    workdir: gets `config.json`, `names.json`, `checkpoints/`, `metrics.jsonl`, `result.json`.
     corpus: what `load_corpus` gives, should it be at hand.
 
   Returns: the result: accuracies by split and seed, of what validation chose; what the table takes.
@@ -204,6 +205,8 @@ def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, A
     atomic.write_text(
       workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
     )
+    names = {'labels': corpus.texts.labels, 'words': corpus.vocabulary.words}
+    atomic.write_text(workdir / NAMES, json.dumps(names) + '\n')
     shape = cfg.classifier.vocab_size, cfg.classifier.features
     small = tables.size(cfg.classifier.table, *shape)
     say(

@@ -1,0 +1,94 @@
+"""Trained text classifiers on texts: labels, and how sure they are of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gatedfm.data import texts as texts_lib
+from gatedfm.data.texts import Vocabulary
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.models.text_classifier import TextClassifier
+from gatedfm.trainers import checkpoints, text_loop
+from gatedfm.trainers.checkpoints import CheckpointError
+from gatedfm.trainers.text_config import TextTrainConfig
+from gatedfm.trainers.text_step import CHUNK, Variables
+
+
+class Labeller:
+  """One classifier.
+
+  Args:
+    cfg: of its training, complete.
+    variables: its own, of one seed.
+    vocabulary: rows of its table.
+    labels: names of its classes.
+  """
+
+  def __init__(
+    self, cfg: TextTrainConfig, variables: Variables, vocabulary: Vocabulary, labels: Sequence[str]
+  ):
+    self.labels = tuple(labels)
+    self._compat, self._longest = cfg.classifier.reference_compat, cfg.data.longest
+    self._vocabulary, self._variables = vocabulary, variables
+    model = TextClassifier(cfg.classifier)
+
+    def probabilities(variables: Variables, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+      # Dropout, should the model have it here too.
+      logits = model.apply(variables, ids, lengths, rngs={'dropout': jax.random.key(0)})
+      return jax.nn.softmax(logits.astype(jnp.float32), -1)
+
+    self._probabilities = jax.jit(probabilities)
+
+  @classmethod
+  def load(cls, workdir: Path | str, seed: int | None = None) -> Labeller:
+    """Reads a classifier that `gatedfm.train` or a sweep has trained.
+
+    Args:
+      workdir: of the training.
+      seed: which of those trained side by side; None takes the one that is best on validation.
+
+    Raises:
+      CheckpointError: no classifier there, or one that is not trained to its end.
+      ConfigError: a seed that was not trained.
+    """
+    workdir = Path(workdir)
+    cfg = text_loop.load_config(workdir)
+    result, names = workdir / text_loop.RESULT, workdir / text_loop.NAMES
+    if not result.exists():
+      raise CheckpointError(f'{workdir} is not trained to its end: give its command once more')
+    if not names.exists():
+      raise CheckpointError(f'{names} is missing: train anew, in another workdir')
+    accuracy, about = json.loads(result.read_text())['accuracy'], json.loads(names.read_text())
+    seeds = list(cfg.seeds)
+    if seed is None:
+      seed = seeds[int(np.argmax(accuracy['validation']))]
+    if seed not in seeds:
+      raise ConfigError(f'seed {seed} was not trained in {workdir}: take one of {seeds}')
+    at, held = seeds.index(seed), checkpoints.load_params(workdir)
+    own = jax.tree.map(lambda x: jnp.asarray(x[at]), held)
+    words = tuple(about['words'])
+    return cls(cfg, own, Vocabulary(words, np.zeros(len(words), np.int64)), about['labels'])
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    """Probabilities `[N, C]` of the labels, for N texts."""
+    least = self._longest if self._compat else 8
+    split = [texts_lib.words(text) for text in texts]
+    ids, lengths = self._vocabulary.encode(split, self._longest, least)
+    out = np.zeros((len(texts), len(self.labels)), np.float32)
+    order = np.argsort(lengths, kind='stable')  # short ones together
+    for i in range(0, len(order), CHUNK):
+      rows = order[i : i + CHUNK]
+      # Few shapes, and so few programs.
+      filled = np.resize(rows, min(CHUNK, 1 << (len(rows) - 1).bit_length()))
+      longest = max(least, -(-int(lengths[rows].max()) // 8) * 8)
+      padded = np.full((len(filled), longest), texts_lib.PAD, np.int32)
+      padded[:, : ids.shape[1]] = ids[filled, :longest]
+      found = np.asarray(self._probabilities(self._variables, padded, lengths[filled]))
+      out[rows] = found[: len(rows), : len(self.labels)]
+    return out
