@@ -195,11 +195,6 @@ def to_config(cfg: LmConfig) -> dict[str, Any]:
   Raises:
     ConfigError: what their classes cannot have, such as another number of heads.
   """
-  if cfg.factors:
-    raise ConfigError(
-      f'{", ".join(cfg.factors)} are products of factors, for which their classes have no place: '
-      'export the model that was factorized, or let this one stay in our format'
-    )
   _check_heads(cfg)
   activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[cfg.activation]
   shared = {

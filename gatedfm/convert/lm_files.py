@@ -152,7 +152,7 @@ def export(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) 
     WorkdirError: a folder that holds something.
   """
   with workdirs.new(folder) as new:
-    total, parts = _write(_plain(workdir), new, dtype)
+    total, parts = _write(_plain(workdir, projected=True), new, dtype)
   say(f'{folder}: {total / 1e6:.0f} MB in {parts} file(s)')
 
 
@@ -212,10 +212,11 @@ def export_plain(workdir: Path, folder: Path, say: Callable[[str], None]) -> Non
   say(f'{folder}: {_sizes(model)}')
 
 
-def _plain(workdir: Path) -> LmCheckpoint:
+def _plain(workdir: Path, projected: bool = False) -> LmCheckpoint:
   model = lm_workdir.load(workdir)
   try:
-    return plain.plain(model)
+    model = plain.plain(model)
+    return plain.projected(model) if projected else model
   except ConfigError as e:
     raise ConfigError(f'{workdir} cannot be exported: {e}') from None
 

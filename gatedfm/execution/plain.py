@@ -69,6 +69,37 @@ def plain(model: LmCheckpoint) -> LmCheckpoint:
   )
 
 
+def projected(model: LmCheckpoint) -> LmCheckpoint:
+  """The same function, factorized embeddings as narrow ones between projections, as OPT-350m's.
+
+  Args:
+    model: of which nothing is cut (`plain`).
+
+  Raises:
+    ConfigError: factors that no such projections stand for.
+  """
+  cfg = model.cfg
+  if not cfg.factors:
+    return model
+  if set(cfg.ranks) != {f'{STACK}/embedding'} or cfg.positions != 'learned' or not cfg.tied:
+    raise ConfigError(
+      f'{", ".join(cfg.factors)} are products of factors, for which there is a place only where '
+      'they are the tied embeddings of OPT: export the model that was factorized, or let this one '
+      'stay in our format'
+    )
+  decoder = model.params[STACK]
+  first, second = decoder['embedding'].first, decoder['embedding'].second
+  into, out = second, second.T
+  if cfg.embed_width:
+    into, out = into @ decoder['project_in']['kernel'], decoder['project_out']['kernel'] @ out
+  narrow = {'embedding': first, 'project_in': {'kernel': into}, 'project_out': {'kernel': out}}
+  return dataclasses.replace(
+    model,
+    cfg=dataclasses.replace(cfg, embed_width=first.shape[1], factors=()),
+    params=model.params | {STACK: decoder | narrow},
+  )
+
+
 def _pairs(model: LmCheckpoint) -> list[tuple[int, int]]:
   """Layers that attention and feed-forward of each new layer come from."""
   attention_N, ffn_N = (model.cut[site.name] for site in model.cfg.all_sites())

@@ -11,11 +11,12 @@ from flax import traverse_util
 from gatedfm import partitioning
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
-from gatedfm.execution.plain import plain
+from gatedfm.execution.plain import plain, projected
 from gatedfm.gates import Gates
 from gatedfm.models import lm, stack
 from gatedfm.models.lm_config import LmConfig, llama
 from gatedfm.models.speech_config import ConfigError
+from gatedfm.pruning import factors
 from gatedfm.pruning.allocation import Allocation, allocate
 
 SIZES = {'vocab_size': 19, 'd': 12, 'layers': 4, 'ffn': 10, 'max_tokens': 12}
@@ -129,3 +130,28 @@ def ragged(site, layer, *units):
 def test_what_is_not_alike_is_named(kind, gates, message):
   with pytest.raises(ConfigError, match=message):
     plain(cut(kind, gates))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'match', 'asked'),
+  [
+    ('opt', 'decoder/embedding', None),
+    ('opt_350m', 'decoder/embedding', None),
+    ('llama', 'decoder/embedding', 'decoder/embedding:5 are products of factors'),
+    ('opt', '*/ffn/w_1/kernel', 'export the model that was factorized'),
+  ],
+)
+def test_factorized_embeddings_between_projections(kind, match, asked):
+  cfg = KINDS[kind]
+  flat = tiny_speech.random_tree(lm.abstract_params(cfg), seed=2)
+  params = traverse_util.unflatten_dict(flat, sep='/')
+  params, rows = factors.factorize(params, [match], rank=5)
+  small = LmCheckpoint(factors.factored(cfg, rows), params, None, {})
+  if asked:
+    with pytest.raises(ConfigError, match=asked):
+      projected(small)
+    return
+  narrow = projected(small)
+  assert (narrow.cfg.embed_width, narrow.cfg.factors) == (5, ())
+  np.testing.assert_allclose(logits(narrow), logits(small), rtol=1e-4, atol=1e-5)
+  assert projected(narrow) is narrow
