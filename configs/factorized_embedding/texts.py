@@ -17,6 +17,8 @@ from gatedfm.models.tables import TableConfig
 from gatedfm.trainers.text_config import TextTrainConfig
 
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+# Of an epoch.
+STEPS = {'trec': 85, 'sst5': 122, 'subjective': 115, 'agnews': 350}
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
 # What they are made of otherwise, trained on with CALR.
@@ -33,8 +35,12 @@ def classifier(texts: str, kind: str) -> TextTrainConfig:
   cfg = TextTrainConfig()
   cfg.classifier.kind = kind
   cfg.data.texts = texts
-  cfg.data.vectors = 'sg-100' if texts == 'agnews' else 'glove-50'
-  cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', 40
+  cfg.data.vectors = 'glove-50'
+  if texts == 'agnews':
+    cfg.data.vectors, cfg.data.longest, cfg.data.batch = 'sg-100', 80, 256
+  cfg.epochs = 12 if kind == 'dan' else 6
+  # CALR's maximum falls twice before it comes back: twice in a training.
+  cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', cfg.epochs * STEPS[texts] // 12
   cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = 3e-3, 1e-3
   return cfg
 
