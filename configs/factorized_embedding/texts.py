@@ -19,6 +19,8 @@ from gatedfm.trainers.text_config import TextTrainConfig
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Of an epoch.
 STEPS = {'trec': 85, 'sst5': 122, 'subjective': 115, 'agnews': 350}
+# Of the learning rate, by `tuning.py`.
+PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, 'agnews': 3e-3}
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
 # What they are made of otherwise, trained on with CALR.
@@ -41,7 +43,7 @@ def classifier(texts: str, kind: str) -> TextTrainConfig:
   cfg.epochs = 12 if kind == 'dan' else 6
   # CALR's maximum falls twice before it comes back: twice in a training.
   cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', cfg.epochs * STEPS[texts] // 12
-  cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = 3e-3, 1e-3
+  cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = PEAKS[texts], 1e-3
   return cfg
 
 

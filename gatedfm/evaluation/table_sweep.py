@@ -49,6 +49,8 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
     if key not in corpora:
       corpora[key] = text_loop.load_corpus(train)
     results[name] = text_loop.train(train, workdir / name, corpora[key])
+    # Each point has programs of its own; of hundreds the process could map no more into memory.
+    jax.clear_caches()
     if not there and i + 1 < len(cfg.points):
       left = _left(cfg, list(cfg.points)[i + 1 :], results, workdir)
       say(f'sweep: {log.duration(time.perf_counter() - start)} so far, about '
