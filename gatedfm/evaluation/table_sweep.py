@@ -32,7 +32,7 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
 
   Args:
     cfg: the sweep.
-    workdir: gets a folder per point, `summary.json`, tables and pictures.
+    workdir: gets a folder per point, `summary.json`, `table.md` and pictures.
 
   Raises:
     ConfigError, WorkdirError, DataError, CheckpointError: what cannot be, before it is trained.
@@ -61,7 +61,9 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
   pictures = table_report.pictures(summary) | {'schedules': _schedules(cfg, corpora)}
   for name, figure in pictures.items():
     plots.save(figure, workdir / f'{name}.png')
-  say(f'{table_report.table(summary)}\nsweep: done; see {workdir}')
+  table = table_report.table(summary)
+  atomic.write_text(workdir / 'table.md', table + '\n')
+  say(f'{table}\nsweep: done; see {workdir}')
   return summary
 
 

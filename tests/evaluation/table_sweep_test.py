@@ -49,9 +49,14 @@ def test_summary(run):
     np.testing.assert_allclose(found['mean'], (a - b).mean())
     assert found['low'] <= found['mean'] <= found['high']
   assert summary['points']['int8']['table']['bytes_removed'] > 0.6
-  table = table_report.table(summary)
-  assert len(table.splitlines()) == 5
-  assert 'SVD, 50% asked' in table
+  table = (folder / 'sweep' / 'table.md').read_text()
+  assert table == table_report.table(summary) + '\n'
+  lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()]
+  assert lines[0] == ['own, DAN', 'as it is', '50%']
+  assert [line[0] for line in lines[2:]] == ['dense', 'SVD', 'int8']
+  assert lines[2][1].startswith('validation ')
+  mean = 100 * small['difference']['test']['mean']
+  assert lines[3][1:] == ['', f'{mean:+.2f} ± {lines[3][2].split()[2]} {lines[3][2].split()[-1]}']
   for name in ('own_dan', 'schedules'):
     assert (folder / 'sweep' / f'{name}.png').stat().st_size > 1000
 
