@@ -19,8 +19,11 @@ from gatedfm.trainers.text_config import TextTrainConfig
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Of an epoch.
 STEPS = {'trec': 85, 'sst5': 122, 'subjective': 115, 'agnews': 350}
-# Of the learning rate, by `tuning.py`.
+# Of the learning rate, by `tuning.py`: of the first training; of training on, whatever the
+# schedule; where a table starts from nothing, or from vectors that no training has seen.
 PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, 'agnews': 3e-3}
+PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, 'agnews': 1e-3}
+PEAK_FRESH = 3e-2
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
 # What they are made of otherwise, trained on with CALR.
@@ -71,6 +74,7 @@ def points(
     cfg.init_from, cfg.classifier.table = parent, table
     cfg.epochs = dense.epochs if epochs is None else epochs
     cfg.optimizer.schedule, cfg.optimizer.warmup = schedule, 1
+    cfg.optimizer.peak_lr = PEAK_FRESH if table.init == 'random' else PEAKS_ON[texts]
     return cfg
 
   out = {
@@ -97,6 +101,6 @@ def points(
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)
       cfg.data.offline, cfg.data.offline_compression = split, c
-      cfg.epochs = 2 * dense.epochs
+      cfg.epochs, cfg.optimizer.peak_lr = 2 * dense.epochs, PEAK_FRESH
       add(f'offline{split}', f'offline, {split.upper()}', cfg, c)
   return out

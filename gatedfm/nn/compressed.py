@@ -50,6 +50,7 @@ class ProductQuantizedEmbed(nn.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Rows `[..., D]`; NaN for numbers out of range."""
     embedding.check(inputs, self.num_embeddings, False)
+    inputs = embedding.from_the_end(inputs, self.num_embeddings)
     codes_xM = jnp.take(self.codes.value, inputs, axis=0, mode='clip').astype(jnp.int32)
     rows_xMxW = self.piece[jnp.arange(self.parts), codes_xM]
     return _inside(inputs, self, rows_xMxW.reshape(*inputs.shape, self.features))
@@ -96,6 +97,7 @@ class BandedEmbed(nn.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Rows `[..., D]`: each band looks all up, and its own count; NaN out of range."""
     embedding.check(inputs, self.num_embeddings, False)
+    inputs = embedding.from_the_end(inputs, self.num_embeddings)
     out, start = 0.0, 0
     for band, end in zip(self.bands, self.ends):
       mine = (inputs >= start) & (inputs < end)
@@ -136,6 +138,7 @@ class HashedEmbed(nn.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Rows `[..., D]`; NaN for numbers out of range."""
     embedding.check(inputs, self.num_embeddings, False)
+    inputs = embedding.from_the_end(inputs, self.num_embeddings)
     rows = self.remainder[inputs % self.buckets] * self.quotient[inputs // self.buckets]
     return _inside(inputs, self, rows)
 

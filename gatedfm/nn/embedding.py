@@ -91,6 +91,11 @@ def _gated(x_xR: jax.Array, gates_R: jax.Array | None) -> jax.Array:
   return x_xR if gates_R is None else x_xR * gates_R.astype(x_xR.dtype)
 
 
+def from_the_end(inputs: jax.Array, rows: int) -> jax.Array:
+  """Numbers of rows, negative ones counted from the end as in `nn.Embed`."""
+  return jnp.where(inputs < 0, inputs + rows, inputs)
+
+
 def check(inputs: jax.Array, rows: int, checked: bool) -> None:
   """Raises ValueError for what is no integer; of `checked` ones, too, for what is out of range.
 

@@ -36,7 +36,8 @@ def quantize(
   Args:
     table_VxD: on the host; read in blocks, so it may be a memory map.
     bits: 16, 8 or 4.
-    scale_dtype: bfloat16 halves what the scales take; codes are made for scales as rounded.
+    scale_dtype: bfloat16 halves what the scales take; they are rounded up, so that the largest of
+      a row still has a code, and codes are made for them as rounded.
 
   Raises:
     ValueError: other bits, or a table with numbers that are not finite.
@@ -51,11 +52,17 @@ def quantize(
     if not np.isfinite(part).all():
       raise ValueError(f'rows {start} to {start + len(part)} hold numbers that are not finite')
     largest = np.abs(part).max(1, keepdims=True)
-    scale = np.where(largest > 0, largest / most, 1).astype(scale_dtype)
+    scale = _rounded_up(np.where(largest > 0, largest / most, 1), scale_dtype)
     rounded = np.clip(np.round(part / scale.astype(np.float32)), -most, most).astype(np.int32)
     codes[start : start + BLOCK] = _packed(rounded) if bits == 4 else rounded
     scales[start : start + BLOCK] = scale
   return codes, scales
+
+
+def _rounded_up(numbers: np.ndarray, dtype: Dtype) -> np.ndarray:
+  out = numbers.astype(dtype)
+  above = np.nextafter(out, np.array(np.inf, dtype))
+  return np.where(out.astype(np.float32) < numbers, above, out)
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:
@@ -113,7 +120,8 @@ class QuantizedEmbed(nn.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Rows `[..., D]` in `dtype`; raises as `FactorizedEmbed` does."""
     embedding.check(inputs, self.num_embeddings, self.checked)
-    codes_xC = jnp.take(self.codes.value, inputs, axis=0, mode='clip')
+    at = embedding.from_the_end(inputs, self.num_embeddings)
+    codes_xC = jnp.take(self.codes.value, at, axis=0, mode='clip')
     # Out of range the scale is NaN, as a row of `nn.Embed` would be.
     scale_x1 = jnp.take(self.scale.value, inputs, axis=0).astype(self.dtype)
     return unpack(codes_xC, self.features, self.bits).astype(self.dtype) * scale_x1
