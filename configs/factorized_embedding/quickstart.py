@@ -1,4 +1,4 @@
-"""TREC by an LSTM and a DAN: 50, 90 and 95% of the table's parameters removed, five ways.
+"""TREC by an LSTM and a DAN: 50, 90 and 95% of the table's parameters removed, six ways.
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/quickstart.py --workdir=runs/tables
 

@@ -1,38 +1,47 @@
 """Text classifiers with word vectors, and the ways to make their tables smaller that are compared.
 
-  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan --workdir=runs/sst5 \\
-      --config.data.texts=sst5
-  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan --workdir=runs/small \\
-      --config.data.texts=sst5 --config.init_from=runs/sst5 --config.optimizer.schedule=calr \\
+  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan,sst5 --workdir=runs/a
+  python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan,sst5 \\
+      --workdir=runs/b --config.init_from=runs/a --config.optimizer.schedule=calr \\
       --config.classifier.table.kind=factorized --config.classifier.table.compression=0.9
 
-Learning rates, epochs and cycles were chosen on validation.
+Of one's own: texts.py:dan,FILE (.csv or .jsonl). Learning rates were chosen on validation.
 """
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 
 from gatedfm.evaluation.table_config import TablePoint
 from gatedfm.models.tables import TableConfig
 from gatedfm.trainers.text_config import TextTrainConfig
 
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-# Of an epoch.
-STEPS = {'trec': 85, 'sst5': 122, 'subjective': 115, 'agnews': 350}
 # Of the learning rate, by `tuning.py`: of the first training; of training on, whatever the
 # schedule; where a table starts from nothing, or from vectors that no training has seen.
-PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, 'agnews': 3e-3}
-PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, 'agnews': 1e-3}
+# Texts that are not named have the last of each.
+PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, '': 3e-3}
+PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, '': 1e-3}
 PEAK_FRESH = 3e-2
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
-# What they are made of otherwise, trained on with CALR.
-INITS = {'random': 'random', 'released': 'released_svd', 'weighted': 'weighted_svd'}
+# What tables are made of otherwise, trained on with CALR.
+TABLES = {
+  'balanced': {'split': 'balanced'},
+  'weighted': {'init': 'weighted_svd'},
+  'released': {'init': 'released_svd'},
+  'random': {'init': 'random'},
+  'banded': {'kind': 'banded'},
+  'hashed': {'kind': 'hashed'},
+  'product': {'kind': 'product_quantized'},
+}
+FRESH = ('random', 'hashed')  # that have little of the trained table
 
 
-def get_config(kind: str = 'lstm') -> TextTrainConfig:
-  """TREC's six kinds of questions by an `lstm` or a `dan`, five seeds side by side."""
-  return classifier('trec', kind)
+def get_config(what: str = 'lstm,trec') -> TextTrainConfig:
+  """Texts by an `lstm` or a `dan`, five seeds side by side; TREC where none are named."""
+  kind, _, texts = what.partition(',')
+  return classifier(texts or 'trec', kind)
 
 
 def classifier(texts: str, kind: str) -> TextTrainConfig:
@@ -45,8 +54,8 @@ def classifier(texts: str, kind: str) -> TextTrainConfig:
     cfg.data.vectors, cfg.data.longest, cfg.data.batch = 'sg-100', 80, 256
   cfg.epochs = 12 if kind == 'dan' else 6
   # CALR's maximum falls twice before it comes back: twice in a training.
-  cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', cfg.epochs * STEPS[texts] // 12
-  cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = PEAKS[texts], 1e-3
+  cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', 1 / 12
+  cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = PEAKS.get(texts, PEAKS['']), 1e-3
   return cfg
 
 
@@ -57,8 +66,9 @@ def points(
 ) -> dict[str, TablePoint]:
   """Points of one set of texts and kind of classifier, by name.
 
-  Every smaller table is trained as long as the baseline: `dense`, and then as long again. Vectors
-  that are compressed offline are trained so long at once.
+  Every smaller table is trained as long as the baseline: `dense`, and then as long again, where
+  validation chooses among all epochs and what they start from. Vectors that are compressed offline
+  are trained so long at once.
 
   Args:
     dense: the first training.
@@ -66,7 +76,7 @@ def points(
     methods: which, by the first part of their points' names; None means all.
   """
   texts, kind = dense.data.texts, dense.classifier.kind
-  name = lambda *parts: '_'.join([texts, kind, *map(str, parts)])
+  name = lambda *parts: '_'.join([Path(texts).stem, kind, *map(str, parts)])
   first, baseline = name('dense'), name('longer')
 
   def on(parent: str, table: TableConfig, schedule: str = 'calr', epochs: int | None = None):
@@ -74,12 +84,12 @@ def points(
     cfg.init_from, cfg.classifier.table = parent, table
     cfg.epochs = dense.epochs if epochs is None else epochs
     cfg.optimizer.schedule, cfg.optimizer.warmup = schedule, 1
-    cfg.optimizer.peak_lr = PEAK_FRESH if table.init == 'random' else PEAKS_ON[texts]
+    cfg.optimizer.peak_lr = PEAKS_ON.get(texts, PEAKS_ON[''])
     return cfg
 
   out = {
     first: TablePoint('dense', dense),
-    baseline: TablePoint('dense, as long', on(first, TableConfig(), dense.optimizer.schedule)),
+    baseline: TablePoint('dense, as long', on(first, TableConfig())),
   }
 
   def add(method: str, label: str, cfg: TextTrainConfig, c: float = 0.0) -> None:
@@ -91,13 +101,15 @@ def points(
   for c in compressions:
     for method, schedule in SCHEDULES.items():
       add(method, f'SVD, {method}', on(first, TableConfig('factorized', c), schedule), c)
-    for method, init in INITS.items():
-      table = TableConfig('factorized', c, init=init)
-      add(method, f'{method}, calr', on(first, table), c)
+    for method, table in TABLES.items():
+      cfg = on(first, TableConfig(**{'kind': 'factorized', 'compression': c} | table))
+      if method in FRESH:
+        cfg.optimizer.peak_lr = PEAK_FRESH
+      label = f'SVD, {method}' if {'split', 'init'} & set(table) and method != 'random' else method
+      add(method, f'{label}, calr', cfg, c)
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
     codes = on(name('calr', c), TableConfig('quantized_factors'), epochs=0)
     add('int8factors', 'SVD, calr, int8', codes, c)
-    add('product', 'product quantization', on(first, TableConfig('product_quantized', c)), c)
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)
       cfg.data.offline, cfg.data.offline_compression = split, c

@@ -11,7 +11,7 @@ from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
 
 PEAKS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-METHODS = (*texts.SCHEDULES, 'random', 'released', 'product', 'offlineus')
+METHODS = (*texts.SCHEDULES, *texts.TABLES, 'offlineus')
 
 
 def get_config(kind: str = 'dan') -> TableSweepConfig:
@@ -19,11 +19,11 @@ def get_config(kind: str = 'dan') -> TableSweepConfig:
   points = {}
   for name in ('trec', 'sst5', 'subjective') if kind == 'dan' else ('trec',):
     found = texts.points(texts.classifier(name, kind), (0.9,), METHODS)
-    first, baseline = list(found)[:2]
+    first = next(iter(found))
     for at, point in found.items():
-      for peak in () if at == baseline else PEAKS:
+      for peak in PEAKS:
         optimizer = dataclasses.replace(point.train.optimizer, peak_lr=peak)
-        train = dataclasses.replace(point.train, optimizer=optimizer)
+        train = dataclasses.replace(point.train, optimizer=optimizer, final=False)
         points[f'{at}_{peak:g}'] = TablePoint(f'{point.method}, {peak:g}', train, point.compression)
       if at == first:
         points[first] = point

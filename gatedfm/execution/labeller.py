@@ -41,7 +41,8 @@ class Labeller:
     def probabilities(variables: Variables, ids: jax.Array, lengths: jax.Array) -> jax.Array:
       # Dropout, should the model have it here too.
       logits = model.apply(variables, ids, lengths, rngs={'dropout': jax.random.key(0)})
-      return jax.nn.softmax(logits.astype(jnp.float32), -1)
+      # Without the class of labels that were not seen, should there be one.
+      return jax.nn.softmax(logits[:, : len(self.labels)].astype(jnp.float32), -1)
 
     self._probabilities = jax.jit(probabilities)
 
@@ -59,7 +60,7 @@ class Labeller:
     """
     workdir = Path(workdir)
     cfg = text_loop.load_config(workdir)
-    result, names = workdir / text_loop.RESULT, workdir / text_loop.NAMES
+    result, names = workdir / text_loop.RESULT, workdir / text_loop.CORPUS
     if not result.exists():
       raise CheckpointError(f'{workdir} is not trained to its end: give its command once more')
     if not names.exists():
@@ -86,9 +87,9 @@ class Labeller:
       rows = order[i : i + CHUNK]
       # Few shapes, and so few programs.
       filled = np.resize(rows, min(CHUNK, 1 << (len(rows) - 1).bit_length()))
-      longest = max(least, -(-int(lengths[rows].max()) // 8) * 8)
+      longest = least if self._compat else max(least, -(-int(lengths[rows].max()) // 8) * 8)
       padded = np.full((len(filled), longest), texts_lib.PAD, np.int32)
       padded[:, : ids.shape[1]] = ids[filled, :longest]
       found = np.asarray(self._probabilities(self._variables, padded, lengths[filled]))
-      out[rows] = found[: len(rows), : len(self.labels)]
+      out[rows] = found[: len(rows)]
     return out

@@ -10,6 +10,10 @@ from gatedfm.data.features import N_MELS
 from gatedfm.models.speech_config import ConfigError, GateConfig, SpeechConfig, choice
 from gatedfm.trainers.augment import AugmentConfig
 
+SCHEDULES = (
+  'cosine', 'rsqrt', 'constant', 'calr', 'released_calr', 'clr', 'triangular2', 'exp_range', 'sgdr'
+)  # fmt: skip
+
 
 @dataclasses.dataclass(slots=True)
 class OptimizerConfig:
@@ -20,10 +24,12 @@ class OptimizerConfig:
       or `adamw`.
     peak_lr, warmup, schedule: learning rate, its linear warm-up in steps, then `cosine` to
       `final_fraction` of the peak, `rsqrt` (Noam) or `constant`. Without a warm-up go up and down
-      between the peak and `final_fraction` of it: `calr`, whose maximum falls and comes back, `clr`
-      (triangular) and `sgdr`; see `schedules.py`.
-    half_cycle: steps from minimum to maximum of these three.
-    decay, decay_every: of CALR's maximum, and in how many steps; 0 is a cycle.
+      between the peak and `final_fraction` of it: `calr`, whose maximum falls and comes back,
+      `released_calr`, `clr` (triangular), `triangular2`, `exp_range` and `sgdr`; see
+      `schedules.py`.
+    half_cycle: steps from minimum to maximum of these; below 1 a share of the training.
+    decay, decay_every: of CALR's maximum, and in how many steps; 0 is a cycle, of `released_calr`
+      they are an epoch's.
     gate_lr: peak of the gate predictor's own learning rate, same schedule.
     clip: global gradient norm.
   """
@@ -34,7 +40,7 @@ class OptimizerConfig:
   warmup: int = 500
   schedule: str = 'cosine'
   final_fraction: float = 0.02
-  half_cycle: int = 1000
+  half_cycle: float = 1000
   decay: float = 0.1
   decay_every: int = 0
   b1: float = 0.9
@@ -45,11 +51,19 @@ class OptimizerConfig:
 
   def validate(self) -> None:
     choice('optimizer.name', self.name, ('muon', 'adamw'))
-    known = ('cosine', 'rsqrt', 'constant', 'calr', 'clr', 'sgdr')
-    choice('optimizer.schedule', self.schedule, known)
-    if self.half_cycle < 1 or self.decay_every < 0 or not 0 < self.decay <= 1:
+    choice('optimizer.schedule', self.schedule, SCHEDULES)
+    if self.half_cycle <= 0 or self.decay_every < 0 or not 0 < self.decay <= 1:
       raise ConfigError(
-        'optimizer.half_cycle is at least 1, decay_every not negative, decay above 0 and at most 1'
+        'optimizer.half_cycle is above 0, decay_every not negative, decay above 0 and at most 1'
+      )
+    if self.half_cycle > 1 and self.half_cycle % 1:
+      raise ConfigError(
+        f'optimizer.half_cycle is {self.half_cycle}; it is whole steps, or a share below 1'
+      )
+    if self.schedule == 'released_calr' and (not self.decay_every or self.decay == 1):
+      raise ConfigError(
+        'optimizer.schedule is released_calr: set decay_every to the steps of an epoch, and a '
+        'decay below 1'
       )
     if not 0 <= self.final_fraction <= 1 or (self.schedule == 'calr' and not self.final_fraction):
       raise ConfigError(

@@ -31,15 +31,19 @@ def _names(path: tuple) -> list[str]:
 def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
   """Linear warm-up, then the configured decay; or cycles, which warm up themselves."""
   floor = peak * cfg.final_fraction
+  half = cfg.half_cycle if cfg.half_cycle >= 1 else cfg.half_cycle * steps
+  half = max(round(half), 1)
   match cfg.schedule:
     case 'calr':
-      return schedules.calr_schedule(
-        peak, floor, cfg.half_cycle, cfg.decay, cfg.decay_every or None
-      )
+      return schedules.calr_schedule(peak, floor, half, cfg.decay, cfg.decay_every or None)
+    case 'released_calr':  # its floor is a power of the decay
+      return schedules.released_calr_schedule(peak, cfg.decay_every, half, cfg.decay)
     case 'clr':
-      return schedules.clr_schedule(peak, floor, cfg.half_cycle)
+      return schedules.clr_schedule(peak, floor, half)
+    case 'triangular2' | 'exp_range':
+      return schedules.clr_schedule(peak, floor, half, cfg.schedule)
     case 'sgdr':
-      return schedules.sgdr_schedule(peak, floor, 2 * cfg.half_cycle, steps)
+      return schedules.sgdr_schedule(peak, floor, 2 * half, steps)
   warmup = min(cfg.warmup, max(steps - 1, 1))
   if cfg.schedule == 'cosine':
     end = max(steps, warmup + 1)

@@ -66,6 +66,7 @@ class TextTrainConfig:
     fresh_lstm: whether the LSTM starts anew nevertheless, as in the released code.
     checkpoint_every: in epochs.
     data_dir: where data is prepared; '' is `$GATEDFM_DATA` or the user's cache.
+    final: whether the end reports on test, too; not while options are chosen.
     tensorboard: whether to write events beside `metrics.jsonl`.
   """
 
@@ -76,6 +77,7 @@ class TextTrainConfig:
   fresh_lstm: bool = False
   checkpoint_every: int = 5
   data_dir: str = ''
+  final: bool = True
   tensorboard: bool = False
   classifier: TextConfig = dataclasses.field(default_factory=TextConfig)
   data: TextDataConfig = dataclasses.field(default_factory=TextDataConfig)

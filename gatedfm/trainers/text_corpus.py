@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -47,10 +48,12 @@ class TextCorpus:
   splits: Mapping[str, Arrays]
   full_features: int
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
-    """Hash of the words that have rows and of all splits."""
-    digest = hashlib.sha256('\n'.join(self.vocabulary.words).encode())
+    """Hash of labels, of the words that have rows, of these rows and of all splits."""
+    digest = hashlib.sha256('\n'.join([*self.texts.labels, '', *self.vocabulary.words]).encode())
+    if self.table is not None:
+      digest.update(np.ascontiguousarray(self.table).tobytes())
     for split, arrays in sorted(self.splits.items()):
       digest.update(split.encode())
       for array in (arrays.ids, arrays.lengths, arrays.labels):
@@ -152,16 +155,24 @@ class Batches:
     batch: B.
     buckets: of lengths, at most.
     seeds: of the orders.
+    padded: whether all texts are as long as the longest, see `load`.
   """
 
-  def __init__(self, arrays: Arrays, batch: int, buckets: int, seeds: tuple[int, ...]):
+  def __init__(
+    self,
+    arrays: Arrays,
+    batch: int,
+    buckets: int,
+    seeds: tuple[int, ...],
+    padded: bool = False,
+  ):
     self._batch, self._seeds = batch, seeds
     ends = batching.bucket_ends(np.maximum(arrays.lengths, 1), buckets)
     place = np.searchsorted(ends, np.maximum(arrays.lengths, 1))
     self._buckets = [
       (min(end, arrays.ids.shape[1]), np.flatnonzero(place == i)) for i, end in enumerate(ends)
     ]
-    if arrays.ids.shape[1] > ends[-1]:  # all are padded to one length
+    if padded:
       self._buckets = [(arrays.ids.shape[1], np.arange(len(arrays)))]
 
   def __len__(self) -> int:

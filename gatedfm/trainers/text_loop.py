@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from gatedfm.trainers.text_step import Steps, TextState, Variables, keys
 from gatedfm.trainers.workdirs import WorkdirError
 
 RESULT = 'result.json'
-NAMES = 'names.json'  # of rows and classes
+RIGHT = 'right.npz'  # of each split, which texts each seed has right, `[Z, N]`
+CORPUS = 'corpus.json'  # names of rows and classes, hashes of what the training began with
 KIND = 'text'
 
 
@@ -103,12 +107,10 @@ def _inherited(cfg: TextTrainConfig, corpus: TextCorpus) -> Variables:
   mine, theirs = cfg.classifier, parent.classifier
   if parent.seeds != cfg.seeds:
     raise ConfigError(f'seeds are {cfg.seeds}, those of {folder} {parent.seeds}: take the same')
-  if (folder / RESULT).exists():
-    before = json.loads((folder / RESULT).read_text())['data']
-    if before != corpus.fingerprint:
-      raise ConfigError(f'{folder} was trained on other texts or another vocabulary: take its data')
-  else:
+  if not (folder / RESULT).exists():
     raise ConfigError(f'{folder} has no {RESULT}: let its training end first')
+  if json.loads((folder / RESULT).read_text())['data'] != corpus.fingerprint:
+    raise ConfigError(f'{folder} was trained on other texts or another vocabulary: take its data')
   plain = dataclasses.replace(mine, table=theirs.table, dropout=theirs.dropout)
   if plain != theirs:
     wrong = config_lib.differences(config_lib.to_dict(theirs), config_lib.to_dict(plain))
@@ -150,7 +152,8 @@ def train(
 
   Args:
     cfg: the whole configuration; checked before anything is compiled or written.
-    workdir: gets `config.json`, `names.json`, `checkpoints/`, `metrics.jsonl`, `result.json`.
+    workdir: gets `config.json`, `corpus.json`, `checkpoints/`, `metrics.jsonl`, `right.npz` and,
+      last of all, `result.json`.
     corpus: what `load_corpus` gives, should it be at hand.
 
   Returns: the result: accuracies by split and seed, of what validation chose; what the table takes.
@@ -173,17 +176,45 @@ def train(
   cfg = complete(cfg, corpus)
   with workdirs.alone(workdir):
     workdirs.check_owner(cfg, workdir, KIND)
+    origin = {'data': corpus.fingerprint, 'parent': _digest(cfg.init_from)}
+    _check_origin(workdir, origin, cfg.init_from)
     if (workdir / RESULT).exists():
-      result = json.loads((workdir / RESULT).read_text())
-      if result['data'] != corpus.fingerprint:
-        raise WorkdirError(f'the texts have changed since {workdir} was trained: take another one')
       say(f'{workdir}: already trained')
-      return result
-    return _run(cfg, corpus, workdir)
+      return json.loads((workdir / RESULT).read_text())
+    return _run(cfg, corpus, origin, workdir)
 
 
-def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, Any]:
-  batches = text_corpus.Batches(corpus.splits['train'], cfg.data.batch, cfg.data.buckets, cfg.seeds)
+def _digest(folder: str) -> str:
+  """Hash of what a training has ended with; '' of no training, or of one that is gone."""
+  path = Path(folder) / RESULT
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if folder and path.exists() else ''
+
+
+def _check_origin(workdir: Path, origin: Mapping[str, str], parent: str) -> None:
+  """Raises WorkdirError for texts, or a parent, that are not those the training began with."""
+  if not (workdir / CORPUS).exists():
+    return
+  before = json.loads((workdir / CORPUS).read_text())
+  if before['data'] != origin['data']:
+    raise WorkdirError(
+      f'texts or vectors have changed since the training of {workdir} began: take another workdir'
+    )
+  if origin['parent'] and before['parent'] != origin['parent']:
+    raise WorkdirError(
+      f'{workdir} began with an earlier training of {parent}: remove it, and it is made anew'
+    )
+
+
+def _run(
+  cfg: TextTrainConfig, corpus: TextCorpus, origin: Mapping[str, str], workdir: Path
+) -> dict[str, Any]:
+  batches = text_corpus.Batches(
+    corpus.splits['train'],
+    cfg.data.batch,
+    cfg.data.buckets,
+    cfg.seeds,
+    cfg.classifier.reference_compat,
+  )
   total = cfg.epochs * len(batches)
   steps = Steps(cfg.classifier, cfg.optimizer, total, corpus.splits['train'], cfg.seeds)
   progress = {'seconds': 0.0}
@@ -206,7 +237,7 @@ def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, A
       workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
     )
     names = {'labels': corpus.texts.labels, 'words': corpus.vocabulary.words}
-    atomic.write_text(workdir / NAMES, json.dumps(names) + '\n')
+    atomic.write_text(workdir / CORPUS, json.dumps({**origin, **names}) + '\n')
     shape = cfg.classifier.vocab_size, cfg.classifier.features
     small = tables.size(cfg.classifier.table, *shape)
     say(
@@ -215,6 +246,10 @@ def _run(cfg: TextTrainConfig, corpus: TextCorpus, workdir: Path) -> dict[str, A
       f'{len(cfg.seeds)} seeds, {cfg.epochs} epochs of {len(batches)} steps'
     )
     done = int(state.step) // max(len(batches), 1)
+    if cfg.init_from and not begun:
+      # What it starts from is a choice like that after each epoch.
+      right = steps.right(state.params, corpus.splits['validation'])
+      state = steps.choose(state, jnp.asarray(right.mean(1), jnp.float32))
     logger = log.Log(workdir, done, cfg.tensorboard)
     clock = log.Clock(cfg.epochs, progress['seconds'])
     clock.begin(done)
@@ -277,10 +312,14 @@ def _report(
   shape = cfg.classifier.vocab_size, cfg.classifier.features
   small = tables.size(cfg.classifier.table, *shape)
   full = corpus.full_features or cfg.classifier.features
-  accuracy = {
-    split: steps.right(state.params, corpus.splits[split]).mean(1).tolist()
-    for split in ('validation', 'test')
+  right = {
+    split: steps.right(state.params, corpus.splits[split])
+    for split in ('validation', *(['test'] if cfg.final else []))
   }
+  accuracy = {split: each.mean(1).tolist() for split, each in right.items()}
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **right)
+  atomic.write_bytes(workdir / RIGHT, buffer.getvalue())
   result = {
     **provenance.collect('gatedfm.train'),
     'name': cfg.name or workdir.name,
@@ -299,9 +338,9 @@ def _report(
     'seconds': seconds,
   }
   atomic.write_text(workdir / RESULT, json.dumps(result, indent=1) + '\n')
-  mean = lambda split: 100 * float(np.mean(accuracy[split]))
+  means = ', '.join(f'{split} {100 * np.mean(values):.2f}%' for split, values in accuracy.items())
   say(
-    f'  {result["name"]}: validation {mean("validation"):.2f}%, test {mean("test"):.2f}%, table '
+    f'  {result["name"]}: {means}, table '
     f'{100 * result["table"]["bytes_removed"]:.1f}% smaller; {log.duration(seconds)}'
   )
   return result

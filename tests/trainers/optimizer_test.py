@@ -9,7 +9,8 @@ import optax
 import pytest
 import tiny_speech
 
-from gatedfm.trainers import optimizer
+from gatedfm.models.speech_config import ConfigError
+from gatedfm.trainers import optimizer, schedules
 from gatedfm.trainers.config import OptimizerConfig, SparsityConfig
 
 SPARSITY = SparsityConfig(target=0.6, ramp=0.4, freeze=0.25, tau_start=2.0, tau_end=0.5)
@@ -55,6 +56,40 @@ def test_learning_rate_warms_up_to_its_peak(schedule):
   assert (np.diff(rates[10:]) <= 1e-9).all()
   last = {'cosine': 0.05, 'rsqrt': 0.5 * np.sqrt(10 / 101), 'constant': 0.5}[schedule]
   np.testing.assert_allclose(rates[-1], last, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'want'),
+  [
+    ('calr', lambda: schedules.calr_schedule(0.5, 0.005, 6, 0.2, 9)),
+    ('released_calr', lambda: schedules.released_calr_schedule(0.5, 9, 6, 0.2)),
+    ('clr', lambda: schedules.clr_schedule(0.5, 0.005, 6)),
+    ('triangular2', lambda: schedules.clr_schedule(0.5, 0.005, 6, 'triangular2')),
+    ('exp_range', lambda: schedules.clr_schedule(0.5, 0.005, 6, 'exp_range')),
+    ('sgdr', lambda: schedules.sgdr_schedule(0.5, 0.005, 12, 60)),
+  ],
+)
+@pytest.mark.parametrize('half', [6, 0.1])
+def test_cycles(schedule, want, half):
+  options = {'half_cycle': half, 'decay': 0.2, 'decay_every': 9, 'final_fraction': 0.01}
+  cfg = OptimizerConfig(schedule=schedule, **options)
+  cfg.validate()
+  got, want = optimizer.learning_rate(cfg, 0.5, 60), want()
+  np.testing.assert_allclose([got(i) for i in range(60)], [want(i) for i in range(60)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'half_cycle': 0}, 'half_cycle is above 0'),
+    ({'half_cycle': 1.5}, r'half_cycle is 1\.5; it is whole steps, or a share'),
+    ({'schedule': 'released_calr'}, 'set decay_every to the steps of an epoch'),
+    ({'schedule': 'calr', 'final_fraction': 0.0}, 'calr must be able to come down to'),
+  ],
+)
+def test_cycles_that_cannot_be(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    OptimizerConfig(**changes).validate()
 
 
 @pytest.mark.parametrize('steps', [1, 2, 5])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -190,3 +191,58 @@ def test_other_texts_are_refused(dense, tmp_path):
   cfg.data.min_count = 20
   with pytest.raises(ConfigError, match='other texts or another vocabulary'):
     text_loop.train(cfg, tmp_path / 'run')
+
+
+def test_what_a_training_began_with_may_not_change(tmp_path, monkeypatch):
+  """Whether it was killed in between, or its parent trained anew."""
+  write_data(tmp_path)
+  own = tmp_path / 'own.jsonl'
+  texts = own.read_text()
+  text_loop.train(config(tmp_path, epochs=1), tmp_path / 'dense')
+  options = {'checkpoint_every': 1, 'epochs': 2}
+  original = text_loop.log.Log.write
+
+  def stop(self, step, values):
+    original(self, step, values)
+    if step == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(text_loop.log.Log, 'write', stop)
+  with pytest.raises(KeyboardInterrupt):
+    text_loop.train(config(tmp_path, **options), tmp_path / 'cut')
+  monkeypatch.undo()
+  swapped = texts.replace('"fruit"', '"x"').replace('"tool"', '"fruit"').replace('"x"', '"tool"')
+  own.write_text(swapped)
+  before = (tmp_path / 'cut' / text_loop.CORPUS).read_text()
+  for cfg, name in ((config(tmp_path, **options), 'cut'), (config(tmp_path, epochs=1), 'dense')):
+    with pytest.raises(WorkdirError, match='have changed since the training'):
+      text_loop.train(cfg, tmp_path / name)
+  assert (tmp_path / 'cut' / text_loop.CORPUS).read_text() == before
+  own.write_text(texts)
+  child = config(tmp_path, init_from=str(tmp_path / 'dense'), **options)
+  text_loop.train(child, tmp_path / 'child')
+  shutil.rmtree(tmp_path / 'dense')
+  text_loop.train(config(tmp_path, epochs=1), tmp_path / 'dense')
+  with pytest.raises(WorkdirError, match='began with an earlier training of .*dense: remove it'):
+    text_loop.train(child, tmp_path / 'child')
+
+
+def test_what_it_starts_from_is_a_choice_too(dense, tmp_path):
+  """And while options are chosen, test is not looked at."""
+  cfg = config(dense.parent, init_from=str(dense), epochs=1, final=False)
+  cfg.optimizer.peak_lr = 1e3
+  made = text_loop.train(cfg, tmp_path / 'run')
+  assert made['accuracy']['validation'] == result(dense)['accuracy']['validation']
+  assert set(made['accuracy']) == {'validation'}
+  with np.load(tmp_path / 'run' / text_loop.RIGHT) as right:
+    assert right.files == ['validation']
+    assert right['validation'].mean(1).tolist() == made['accuracy']['validation']
+
+
+def test_as_released_all_texts_are_padded_alike(folder):
+  cfg = config(folder, epochs=1)
+  cfg.classifier.reference_compat, cfg.data.longest = True, 9  # some texts are longer
+  corpus = text_loop.load_corpus(cfg)
+  batches = text_corpus.Batches(corpus.splits['train'], 16, 3, cfg.seeds, True)
+  assert {batch.length for batch in batches.epoch(1)} == {9}
+  assert text_loop.train(cfg, folder / 'compat')['accuracy']
