@@ -14,10 +14,13 @@ from gatedfm.analysis.plots import COLORS, INK, MARKERS, styled
 def table(summary: Mapping[str, Any], split: str = 'test') -> str:
   """Markdown: for each set of texts and kind of model, methods against what was asked to go.
 
-  A cell has what is lost or won against the baseline, in points, with its 95% interval over seeds
-  and the share of the table's bytes that is gone; of points without baseline, their accuracy.
+  Its first line says what a cell has.
   """
-  out = []
+  out = [
+    f'Columns: share of the table that was asked to go. Cells: {split} accuracy against the '
+    'baseline in points, ± 95% over seeds, ± 95% over texts, and the share of bytes that is gone '
+    'where it is another; of points without a baseline, accuracies in percent.'
+  ]
   for title, points in _groups(summary).items():
     asked = list(dict.fromkeys(sorted(p['compression'] for p in points)))
     heads = [f'{100 * c:g}%' if c else 'as it is' for c in asked]
@@ -41,13 +44,12 @@ def _groups(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 def _cell(point: Mapping[str, Any], split: str) -> str:
   found, gone = point.get('difference', {}).get(split), 100 * point['table']['bytes_removed']
   if found is None:
-    return ', '.join(
-      f'{name} {100 * point["accuracy"][name]["mean"]:.1f}'
-      for name in dict.fromkeys(('validation', split))
-    )
+    accuracy = point['accuracy'].items()
+    return ', '.join(f'{name} {100 * each["mean"]:.1f}' for name, each in accuracy)
   text = f'{100 * found["mean"]:+.2f}'
   if 'low' in found:
     text += f' ± {50 * (found["high"] - found["low"]):.2f}'
+  text += f' ± {50 * (found["texts_high"] - found["texts_low"]):.2f}'
   return text + (f' ({gone:.0f}%)' if round(gone) != round(100 * point['compression']) else '')
 
 

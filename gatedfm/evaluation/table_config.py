@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers.text_config import TextTrainConfig
@@ -47,6 +48,11 @@ class TableSweepConfig:
         point.train.validate()
       except ConfigError as e:
         raise ConfigError(f'{name}: {e}') from None
+      parent = point.train.init_from
+      if parent in names and self.points[parent].train.seeds != point.train.seeds:
+        raise ConfigError(f'{name} has other seeds than {parent}, which it starts from')
+      if parent and parent not in names and not Path(parent).expanduser().is_absolute():
+        raise ConfigError(f'{name}.init_from is {parent}: neither a point nor an absolute path')
       for field, value in (('init_from', point.train.init_from), ('baseline', point.baseline)):
         if value in names[i:]:
           raise ConfigError(f'{name}.{field} is {value}, which is not trained before it')

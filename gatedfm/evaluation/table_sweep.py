@@ -20,6 +20,7 @@ from scipy import stats
 from gatedfm import atomic, provenance
 from gatedfm.analysis import plots, table_report
 from gatedfm.evaluation.table_config import TableSweepConfig
+from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers import log, optimizer, text_corpus, text_loop, workdirs
 from gatedfm.trainers.log import say
@@ -41,30 +42,49 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
   workdirs.refuse_single(workdir)
   start, results = time.perf_counter(), {}
   corpora: dict[str, TextCorpus] = {}
+  for name in cfg.points:  # all are looked at before the first is trained
+    train = _placed(cfg, name, workdir)
+    corpus = _corpus(train, corpora)
+    if (
+      train.init_from and not train.classifier.table.rank and not train.classifier.table.compression
+    ):
+      continue  # of the rank of its parent
+    try:
+      text_loop.complete(train, corpus)
+    except ConfigError as e:
+      raise ConfigError(f'{name}: {e}') from None
   for i, name in enumerate(cfg.points):
     train = _placed(cfg, name, workdir)
     there = (workdir / name / text_loop.RESULT).exists()
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}' + (', which is there' if there else ''))
-    key = json.dumps([config_lib.to_dict(train.data), train.classifier.reference_compat])
-    if key not in corpora:
-      corpora[key] = text_loop.load_corpus(train)
-    results[name] = text_loop.train(train, workdir / name, corpora[key])
+    results[name] = text_loop.train(train, workdir / name, _corpus(train, corpora))
     # Each point has programs of its own; of hundreds the process could map no more into memory.
     jax.clear_caches()
     if not there and i + 1 < len(cfg.points):
       left = _left(cfg, list(cfg.points)[i + 1 :], results, workdir)
       say(f'sweep: {log.duration(time.perf_counter() - start)} so far, about '
           f'{log.duration(left)} left')  # fmt: skip
-  summary = summarize(cfg, results)
+  summary = summarize(cfg, results, workdir)
   summary['seconds'] = sum(result['seconds'] for result in results.values())
   atomic.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=1) + '\n')
-  pictures = table_report.pictures(summary) | {'schedules': _schedules(cfg, corpora)}
+  pictures = table_report.pictures(summary)
+  if any(point.train.epochs for point in cfg.points.values()):
+    pictures['schedules'] = _schedules(cfg, corpora)
   for name, figure in pictures.items():
     plots.save(figure, workdir / f'{name}.png')
   table = table_report.table(summary)
   atomic.write_text(workdir / 'table.md', table + '\n')
   say(f'{table}\nsweep: done; see {workdir}')
   return summary
+
+
+def _corpus(train: TextTrainConfig, corpora: dict[str, TextCorpus]) -> TextCorpus:
+  """The texts of a training, which those that differ by offline compression alone share."""
+  data = dataclasses.replace(train.data, offline='', offline_compression=0.0)
+  key = json.dumps([config_lib.to_dict(data), train.data_dir, train.classifier.reference_compat])
+  if key not in corpora:
+    corpora[key] = text_loop.load_corpus(dataclasses.replace(train, data=data))
+  return text_corpus.compressed(corpora[key], train.data)
 
 
 def _placed(cfg: TableSweepConfig, name: str, workdir: Path) -> TextTrainConfig:
@@ -108,8 +128,10 @@ def _schedules(cfg: TableSweepConfig, corpora: Mapping[str, TextCorpus]) -> Any:
   return table_report.schedules(curves, max(first.epochs, 1) * each, each)
 
 
-def summarize(cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-  """Accuracies, what is lost to the baseline with its interval over seeds, sizes."""
+def summarize(
+  cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]], workdir: Path
+) -> dict[str, Any]:
+  """Accuracies and sizes; what is lost to the baseline, with intervals over seeds and texts."""
   points = {}
   for name, point in cfg.points.items():
     result = results[name]
@@ -125,9 +147,9 @@ def summarize(cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]]) -> d
     }
     if point.baseline:
       row['baseline'] = point.baseline
+      mine, theirs = (_right(workdir / at) for at in (name, point.baseline))
       row['difference'] = {
-        split: _mean(np.subtract(values, results[point.baseline]['accuracy'][split]))
-        for split, values in result['accuracy'].items()
+        split: _difference(mine[split], theirs[split]) for split in result['accuracy']
       }
     points[name] = row
   texts = {p.train.data.texts: results[name]['texts'] for name, p in cfg.points.items()}
@@ -138,6 +160,20 @@ def summarize(cfg: TableSweepConfig, results: Mapping[str, dict[str, Any]]) -> d
     'texts': texts,
     'points': points,
   }
+
+
+def _right(folder: Path) -> dict[str, np.ndarray]:
+  with np.load(folder / text_loop.RIGHT) as right:
+    return {split: right[split] for split in right.files}
+
+
+def _difference(mine_ZxN: np.ndarray, theirs_ZxN: np.ndarray) -> dict[str, Any]:
+  """Of accuracies, with an interval over seeds, and over texts of the mean of these seeds."""
+  each_ZxN = mine_ZxN.astype(np.float64) - theirs_ZxN
+  out = _mean(each_ZxN.mean(1))
+  spread = each_ZxN.mean(0).std(ddof=1) / math.sqrt(each_ZxN.shape[1])
+  half = float(stats.norm.ppf(0.975) * spread)
+  return out | {'texts_low': out['mean'] - half, 'texts_high': out['mean'] + half}
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from gatedfm.data import batching, sources, texts, word_vectors
-from gatedfm.data.texts import Texts, Vocabulary
+from gatedfm.data.texts import Vocabulary
 from gatedfm.data.types import DataError
 from gatedfm.factorization import svd
 from gatedfm.models.speech_config import ConfigError
@@ -35,14 +35,14 @@ class TextCorpus:
   """Texts as arrays.
 
   Attributes:
-    texts: the set.
+    labels: names of the classes.
     vocabulary: of the training texts.
     table: `[V, D]` that embeddings start from; None where there are no vectors.
     splits: arrays by split.
     full_features: D before any compression.
   """
 
-  texts: Texts
+  labels: tuple[str, ...]
   vocabulary: Vocabulary
   table: np.ndarray | None
   splits: Mapping[str, Arrays]
@@ -51,7 +51,7 @@ class TextCorpus:
   @functools.cached_property
   def fingerprint(self) -> str:
     """Hash of labels, of the words that have rows, of these rows and of all splits."""
-    digest = hashlib.sha256('\n'.join([*self.texts.labels, '', *self.vocabulary.words]).encode())
+    digest = hashlib.sha256('\n'.join([*self.labels, '', *self.vocabulary.words]).encode())
     if self.table is not None:
       digest.update(np.ascontiguousarray(self.table).tobytes())
     for split, arrays in sorted(self.splits.items()):
@@ -98,9 +98,15 @@ def load(cfg: TextDataConfig, pad: bool, data_dir: str = '') -> TextCorpus:
     raise DataError(f'data.limit of {cfg.limit} leaves no text with the label {names}: raise it')
   table = None if vectors is None else _table(vectors, vocabulary)
   full = 0 if table is None else table.shape[1]
-  if cfg.offline:
-    table = offline(table, cfg.offline_compression, cfg.offline)
-  return TextCorpus(found, vocabulary, table, splits, full)
+  return compressed(TextCorpus(found.labels, vocabulary, table, splits, full), cfg)
+
+
+def compressed(corpus: TextCorpus, cfg: TextDataConfig) -> TextCorpus:
+  """The corpus with its table as `cfg.offline` wants it; raises ConfigError as `offline` does."""
+  if not cfg.offline:
+    return corpus
+  table = offline(corpus.table, cfg.offline_compression, cfg.offline)
+  return dataclasses.replace(corpus, table=table)
 
 
 def _table(vectors: word_vectors.WordVectors, vocabulary: Vocabulary) -> np.ndarray:

@@ -57,7 +57,7 @@ def complete(cfg: TextTrainConfig, corpus: TextCorpus) -> TextTrainConfig:
   have = {
     'vocab_size': len(corpus.vocabulary.words),
     'features': features,
-    'classes': len(corpus.texts.labels),
+    'classes': len(corpus.labels),
   }
   for name, value in have.items():
     if getattr(model, name) not in (0, value):
@@ -236,7 +236,7 @@ def _run(
     atomic.write_text(
       workdir / checkpoints.CONFIG, json.dumps(config_lib.to_dict(cfg), indent=1) + '\n'
     )
-    names = {'labels': corpus.texts.labels, 'words': corpus.vocabulary.words}
+    names = {'labels': corpus.labels, 'words': corpus.vocabulary.words}
     atomic.write_text(workdir / CORPUS, json.dumps({**origin, **names}) + '\n')
     shape = cfg.classifier.vocab_size, cfg.classifier.features
     small = tables.size(cfg.classifier.table, *shape)

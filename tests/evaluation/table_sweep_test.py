@@ -1,6 +1,7 @@
 """A sweep over tables trains each point once, compares seed by seed, and shows what is lost."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -51,14 +52,35 @@ def test_summary(run):
   assert summary['points']['int8']['table']['bytes_removed'] > 0.6
   table = (folder / 'sweep' / 'table.md').read_text()
   assert table == table_report.table(summary) + '\n'
-  lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()]
+  caption, empty, *rest = table.splitlines()
+  assert caption.startswith('Columns: ')
+  assert not empty
+  lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in rest]
   assert lines[0] == ['own, DAN', 'as it is', '50%']
   assert [line[0] for line in lines[2:]] == ['dense', 'SVD', 'int8']
   assert lines[2][1].startswith('validation ')
-  mean = 100 * small['difference']['test']['mean']
-  assert lines[3][1:] == ['', f'{mean:+.2f} ± {lines[3][2].split()[2]} {lines[3][2].split()[-1]}']
+  found, gone = small['difference']['test'], 100 * small['table']['bytes_removed']
+  seeds, texts = (100 * (found[high] - found['mean']) for high in ('high', 'texts_high'))
+  assert lines[3][1:] == [
+    '',
+    f'{100 * found["mean"]:+.2f} ± {seeds:.2f} ± {texts:.2f} ({gone:.0f}%)',
+  ]
   for name in ('own_dan', 'schedules'):
     assert (folder / 'sweep' / f'{name}.png').stat().st_size > 1000
+
+
+def test_interval_over_texts():
+  """Of one seed, the paired interval of two shares."""
+  rng = np.random.default_rng(0)
+  mine, theirs = rng.random((2, 1, 400)) < 0.7
+  found = table_sweep._difference(mine, theirs)
+  each = mine[0].astype(float) - theirs[0]
+  np.testing.assert_allclose(found['mean'], each.mean())
+  np.testing.assert_allclose(
+    found['texts_high'] - found['mean'], 1.96 * each.std(ddof=1) / 20, 1e-4
+  )
+  alike = table_sweep._difference(mine, mine)
+  assert alike['texts_low'] == alike['texts_high'] == 0
 
 
 def test_student_interval():
@@ -84,8 +106,15 @@ def test_what_is_there_is_not_trained_again(run, capsys):
     (lambda s: setattr(s.points['small'], 'baseline', 'int8'), 'int8, which is not trained before'),
     (lambda s: setattr(s.points['small'], 'baseline', 'none'), 'is no point'),
     (lambda s: setattr(s.points['dense'].train, 'init_from', 'small'), 'not trained before'),
-    (lambda s: setattr(s.points['small'].train, 'seeds', (1, 2)), 'other seeds than its baseline'),
+    (
+      lambda s: s.points.update(
+        small=TablePoint('a', dataclasses.replace(s.points['dense'].train, seeds=(1,)), 0, 'dense')
+      ),
+      'other seeds than its baseline',
+    ),
     (lambda s: setattr(s.points['small'].train, 'epochs', -1), 'small: epochs'),
+    (lambda s: setattr(s.points['dense'].train, 'seeds', (1, 2)), 'other seeds than dense, which'),
+    (lambda s: setattr(s.points['dense'].train, 'init_from', 'none'), 'neither a point nor'),
   ],
 )
 def test_what_cannot_be_is_refused(change, message, tmp_path):
