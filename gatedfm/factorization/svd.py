@@ -1,7 +1,8 @@
 """Matrices as products of two smaller ones: truncated SVD by the Gram matrix, on the host.
 
 A table `[V, D]` is read in blocks of rows, twice, so it may be a memory map of what is larger than
-memory; nothing else of V rows is made but the first factor. Source: Acharya et al., "Online
+memory; nothing else of V rows is made but the first factor, and of a wide one nothing of D columns
+but the second and the right vectors. Source: Acharya et al., "Online
 Embedding Compression for Text Classification using Low Rank Matrix Factorization", AAAI 2019.
 Letters: V rows, D columns, R rank.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,7 +25,7 @@ class Factors:
 
   Attributes:
     first: `[V, R]`; second: `[R, D]`.
-    singular: `[D]`, of the whole table (with its rows weighted, where they were), falling.
+    singular: `[min(V, D)]`, of the whole table (with its rows weighted, where they were), falling.
   """
 
   first: np.ndarray
@@ -95,9 +97,7 @@ def factorize(
   rows, columns = _check(table, row_weights, split)
   if sum(x is not None for x in (rank, compression, energy)) != 1:
     raise ValueError('give one of rank, compression and energy')
-  values, vectors_DxD = np.linalg.eigh(_gram(table, row_weights))
-  # Rising, and by rounding below zero where there is nothing.
-  singular = np.sqrt(np.maximum(values[::-1], 0))
+  singular, basis = _singular(table, row_weights)
   if compression is not None:
     rank = rank_of(rows, columns, compression)
   elif energy is not None:
@@ -105,7 +105,7 @@ def factorize(
   most = min(rows, columns)
   if not 1 <= rank <= most:
     raise ValueError(f'rank is {rank}; of {rows} x {columns} it is between 1 and {most}')
-  basis_DxR = vectors_DxD[:, ::-1][:, :rank]
+  basis_DxR = basis(rank)
   # Whatever the weights, rows are best told by where they fall in the basis: U S of the table.
   norms_R = _norms(table, basis_DxR)
   scale_R = norms_R if split == 'reference' else np.sqrt(norms_R)
@@ -129,6 +129,44 @@ def _check(table: np.ndarray, row_weights: np.ndarray | None, split: str) -> tup
     if not np.any(row_weights):
       raise ValueError('row_weights are all zero: no row would count')
   return table.shape
+
+
+def _singular(
+  table: np.ndarray, row_weights: np.ndarray | None
+) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+  """Falling singular values of the weighted table; what makes its first right vectors `[D, R]`."""
+  rows, columns = table.shape
+  wide = rows < columns
+  # Rising, and by rounding below zero where there is nothing.
+  values, vectors = np.linalg.eigh((_gram_of_rows if wide else _gram)(table, row_weights))
+  singular, vectors = np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
+  if not wide:
+    return singular, lambda rank: vectors[:, :rank]
+
+  def basis(rank: int) -> np.ndarray:
+    left_VxR = vectors[:, :rank] / np.where(singular[:rank] > 0, singular[:rank], 1)
+    out = np.empty((columns, rank))
+    for start, part in _columns(table, row_weights):
+      out[start : start + part.shape[1]] = part.T @ left_VxR
+    return out
+
+  return singular, basis
+
+
+def _columns(table: np.ndarray, row_weights: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+  """Blocks of columns of the weighted table, in double precision, and where they start."""
+  root = 1.0 if row_weights is None else np.sqrt(np.asarray(row_weights, np.float64))[:, None]
+  for start in range(0, table.shape[1], BLOCK):
+    part = np.asarray(table[:, start : start + BLOCK], np.float64)
+    if not np.isfinite(part).all():
+      end = start + part.shape[1]
+      raise ValueError(f'columns {start} to {end} hold numbers that are not finite')
+    yield start, part * root
+
+
+def _gram_of_rows(table: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
+  """`[V, V]` of a table with fewer rows than columns: products of its weighted rows."""
+  return sum(part @ part.T for _, part in _columns(table, row_weights))
 
 
 def _gram(table: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:

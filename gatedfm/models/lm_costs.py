@@ -62,7 +62,8 @@ def total(cfg: LmConfig, tokens: int) -> Cost:
   """Of the whole model, dense."""
   shapes = low_rank.tree(lm.abstract_params(cfg))
   costs = count(cfg, shapes, tokens)
-  return Cost(costs['parameters'], costs['macs'], costs['bytes'])
+  size = np.dtype(cfg.activation_dtype).itemsize  # as of gates
+  return Cost(costs['parameters'], costs['macs'], costs['parameters'] * size)
 
 
 def of_gates(cfg: LmConfig, tokens: int) -> dict[str, Cost]:

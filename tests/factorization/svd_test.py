@@ -108,3 +108,26 @@ def test_a_table_of_less_than_its_rank():
 def test_refusals(changes, message):
   with pytest.raises(ValueError, match=message):
     svd.factorize(**({'table': table()} | changes))
+
+
+@pytest.mark.parametrize('split', svd.SPLITS)
+@pytest.mark.parametrize('weighted', [False, True])
+def test_wide_tables(split, weighted, monkeypatch):
+  """As the factors of what is turned, and nothing of D by D is made."""
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(7, 90)) * np.linspace(0.2, 3, 90)
+  weights = rng.random(7) if weighted else None
+  root = np.ones(7) if weights is None else np.sqrt(weights)
+  left, singular, right = np.linalg.svd(root[:, None] * table, full_matrices=False)
+  want = (left[:, :3] * singular[:3]) @ right[:3] / root[:, None]
+  for block in (svd.BLOCK, 16):
+    monkeypatch.setattr(svd, 'BLOCK', block)
+    got = svd.factorize(table, 3, row_weights=weights, split=split, dtype=np.float64)
+    np.testing.assert_allclose(got.product(), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.singular, singular, rtol=1e-6)
+  huge = svd.factorize(np.ones((2, 100_000)), 2)  # of D by D it would be 80 GB
+  np.testing.assert_allclose(huge.product()[:, :3], 1, rtol=1e-5)
+  broken = table.copy()
+  broken[3, 20] = np.nan
+  with pytest.raises(ValueError, match='columns 16 to 32 hold numbers that are not finite'):
+    svd.factorize(broken, 3)

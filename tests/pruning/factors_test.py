@@ -255,6 +255,9 @@ def test_scores_of_ranks_trade_with_heads(fast_compilation):
   np.testing.assert_allclose(scored['magnitude'][calibration.RANKS][0], singular, rtol=1e-4)
   how = allocation.Allocation(over=('heads', 'ranks', 'ffn'))
   gates = allocation.allocate(scored['fisher'], {'bytes': 0.3}, small.cfg, how)
+  halved = dataclasses.replace(small.cfg, dtype='bfloat16', activation_dtype='bfloat16')
+  again = allocation.allocate(scored['fisher'], {'bytes': 0.3}, halved, how)
+  jax.tree.map(np.testing.assert_array_equal, dict(again.values), dict(gates.values))
   left = lm_costs.count(small.cfg, lm_workdir.compacted(small, gates, {}).params, 5)
   before = lm_costs.count(small.cfg, small.params, 5)
   assert 0.5 < left['bytes'] / before['bytes'] <= 0.75
