@@ -27,7 +27,7 @@ _READERS = {
   'text': 'gatedfm.train and classify',
 }
 CONFIG = 'config.json'
-UNFINISHED = '.unfinished'  # what becomes a workdir at once, see workdirs.new
+UNFINISHED, FINISHED = '.unfinished', '.finished'  # what becomes a workdir: workdirs.new
 
 
 class CheckpointError(ValueError):
@@ -210,7 +210,7 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
     return config
   if not workdir.exists():
     raise CheckpointError(f'{workdir} does not exist; give the workdir of a {kind} model')
-  if (workdir / UNFINISHED).exists():
+  if (workdir / UNFINISHED).exists() or (workdir / FINISHED).exists():
     raise CheckpointError(f'{workdir} is not finished: wait, or give its command once more')
   if runs := runs_in(workdir):
     raise CheckpointError(f'{workdir} holds several runs; give one of {", ".join(map(str, runs))}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,9 +55,9 @@ def alone(workdir: Path) -> Iterator[None]:
     WorkdirError: another process holds it; in all of them, so that none waits for the first.
   """
   made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / LOCK).open('w') as file:
-    mine = jax.process_index() > 0 or _lock(file)
+  first = jax.process_index() == 0
+  file, mine = _opened(workdir, first)
+  with file:
     if jax.process_count() > 1:
       mine = bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
     if not mine:
@@ -64,13 +65,28 @@ def alone(workdir: Path) -> Iterator[None]:
     try:
       yield
     finally:  # while it is locked
-      if jax.process_index() == 0:
+      if first:
         _remove_unused(made)
+
+
+def _opened(workdir: Path, locked: bool) -> tuple[IO[str], bool]:
+  """The lock's file, open; and whether it is locked, where that is wanted."""
+  while True:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # its last holder took the folder away just now
+      file = (workdir / LOCK).open('w')
+      mine = not locked or _lock(file)
+      # Or the file alone: then what is locked is nobody's.
+      if not mine or os.path.samestat(os.fstat(file.fileno()), (workdir / LOCK).stat()):
+        return file, mine
+      file.close()
 
 
 def refuse_used(workdir: Path) -> None:
   """Raises WorkdirError where something stands already, before any work is done."""
   own = {LOCK, checkpoints.UNFINISHED}
+  if (workdir / checkpoints.FINISHED).exists():  # killed while it was put in its place
+    return
   if workdir.exists() and (not workdir.is_dir() or {p.name for p in workdir.iterdir()} - own):
     raise WorkdirError(f'{workdir} is not empty: choose another folder, or remove it')
 
@@ -86,22 +102,41 @@ def new(workdir: Path) -> Iterator[Path]:
   """
   refuse_used(workdir)
   with alone(workdir):
-    refuse_used(workdir)  # another may just have ended
     folder, first = workdir / checkpoints.UNFINISHED, jax.process_index() == 0
+    if (workdir / checkpoints.FINISHED).exists():
+      _put_in_place(workdir, first)
+      raise WorkdirError(f'{workdir} had been finished, and is whole now: nothing is left to do')
+    refuse_used(workdir)  # another may just have ended
     if first:
       shutil.rmtree(folder, ignore_errors=True)
       folder.mkdir()
+    _wait('there is a folder')
     try:
       yield folder
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('all have written')
+      _wait('all have written')
       if first:
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == checkpoints.CONFIG):
-          path.rename(workdir / path.name)
-        (workdir / LOCK).unlink()
+        folder.rename(workdir / checkpoints.FINISHED)
+      _put_in_place(workdir, first)
     finally:
       if first:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(workdir: Path, first: bool) -> None:
+  """Moves what is finished up, the configuration last; the first process does."""
+  if first:
+    done = workdir / checkpoints.FINISHED
+    for path in sorted(done.iterdir(), key=lambda path: path.name == checkpoints.CONFIG):
+      path.rename(workdir / path.name)
+    done.rmdir()
+    (workdir / LOCK).unlink()
+  _wait('all is in its place')
+
+
+def _wait(what: str) -> None:
+  """For all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
 
 
 def _remove_unused(folders: Sequence[Path]) -> None:

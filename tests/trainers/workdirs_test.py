@@ -86,3 +86,42 @@ def test_what_a_killed_process_left_goes_when_it_is_repeated(tmp_path):
     assert list(folder.iterdir()) == []
     (folder / checkpoints.CONFIG).write_text('{}')
   assert [path.name for path in tmp_path.iterdir()] == [checkpoints.CONFIG]
+
+
+def test_killed_while_it_is_put_in_place(tmp_path):
+  done = tmp_path / checkpoints.FINISHED
+  done.mkdir()
+  (done / checkpoints.CONFIG).write_text('{"model": {}}')
+  (tmp_path / 'scores').mkdir()  # is in its place
+  (tmp_path / 'notes.txt').write_text('mine')
+  with pytest.raises(checkpoints.CheckpointError, match='give its command once more'):
+    checkpoints.load_config(tmp_path)
+  with pytest.raises(WorkdirError, match='had been finished, and is whole now'):
+    workdirs.new(tmp_path).__enter__()
+  assert checkpoints.load_config(tmp_path) == {'model': {}}
+  assert {p.name for p in tmp_path.iterdir()} == {'scores', 'notes.txt', checkpoints.CONFIG}
+
+
+def test_a_lock_that_was_removed_is_nobodys(tmp_path, monkeypatch):
+  """Between opening and locking it, its holder ends and takes the empty workdir away."""
+  lock, left = workdirs._lock, ['once']
+
+  def late(file):
+    if left:
+      left.pop()
+      (tmp_path / 'new' / workdirs.LOCK).unlink()
+      (tmp_path / 'new').rmdir()
+    return lock(file)
+
+  monkeypatch.setattr(workdirs, '_lock', late)
+  with workdirs.alone(tmp_path / 'new'):
+    assert not left
+    assert (tmp_path / 'new' / workdirs.LOCK).exists()
+    with pytest.raises(WorkdirError, match='another process works here'):
+      workdirs.alone(tmp_path / 'new').__enter__()
+
+
+def test_errors_inside_are_its_own(tmp_path):
+  with pytest.raises(FileNotFoundError), workdirs.alone(tmp_path / 'new'):
+    (tmp_path / 'none').read_text()
+  assert list(tmp_path.iterdir()) == []
