@@ -38,7 +38,10 @@ def read(path: Path, made: Callable[[dict[str, Any]], T], fields: str) -> list[T
   text = text_of(path)
   if path.suffix == '.csv':
     reader = csv.DictReader(io.StringIO(text, newline=''))
-    rows = [(reader.line_num, row) for row in reader]
+    try:
+      rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as e:
+      raise DataError(f'{path}, line {reader.line_num}: {e}') from None
   else:
     rows = [(i + 1, line) for i, line in enumerate(text.split('\n')) if line.strip()]
   out = []

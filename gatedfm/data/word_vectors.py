@@ -41,7 +41,7 @@ class WordVectors:
   """A vector for each word.
 
   Attributes:
-    words: all different.
+    words: the first of several that are alike counts.
     table: `[V, D]` float32, perhaps a memory map.
   """
 
@@ -50,7 +50,7 @@ class WordVectors:
 
   def rows(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Vectors `[W, D]` of these words, zeros where there is none, and where there is one, `[W]`."""
-    index = {word: i for i, word in enumerate(self.words)}
+    index = {word: i for i, word in reversed(list(enumerate(self.words)))}  # the first of several
     at = np.array([index.get(word, -1) for word in words])
     out = np.zeros((len(at), self.table.shape[1]), np.float32)
     out[at >= 0] = self.table[at[at >= 0]]
@@ -132,6 +132,8 @@ def _from_npy(path: Path) -> WordVectors:
   except (OSError, ValueError) as e:
     raise DataError(f'{path} with its words in {names.name} cannot be read: {e}') from None
   words = words[:-1] if words[-1] == '' else words
+  if all(word.endswith('\r') for word in words):  # lines as Windows ends them
+    words = [word[:-1] for word in words]
   if table.ndim != 2 or len(table) != len(words):
     raise DataError(
       f'{path} has shape {table.shape}, {names.name} {len(words)} words: one row each'
@@ -152,7 +154,8 @@ def _from_text(path: Path) -> WordVectors:
   words, rows, width = {}, [], 0
   try:
     for number, line in _lines(path):
-      word, *numbers = line.split(' ')
+      # Some words of GloVe's hold spaces.
+      word, *numbers = line.rsplit(' ', width) if width else line.split(' ')
       if number == 1 and len(numbers) == 1 and word.isdigit():
         continue  # counts, as word2vec and fastText write them
       row = np.array(numbers, np.float32)

@@ -48,6 +48,11 @@ class Factoring:
     """Raises ConfigError, naming the field and the mend, for what cannot be done."""
     choice('weights', self.weights, factors.WEIGHTS)
     choice('size', self.size[0], SIZES)
+    name, value = self.size
+    if name == 'rank' and (value < 1 or value % 1):
+      raise ConfigError(f'rank is {value}; it is a whole number, at least 1')
+    if name != 'rank' and not (0 <= value < 1 if name == 'compression' else 0 < value <= 1):
+      raise ConfigError(f'{name} is {value}; it is a share, from 0 to 1')
     if not self.match:
       raise ConfigError('match is empty: name some matrices, such as decoder/embedding')
     if (self.weights != 'none') != bool(self.calibration):

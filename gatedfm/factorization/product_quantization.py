@@ -46,6 +46,8 @@ def fit(
   codes = np.empty((rows, parts), np.uint8)
   for start in range(0, rows, _BLOCK):
     block = _cut(np.asarray(table[start : start + _BLOCK], np.float32), parts)
+    if not np.isfinite(block).all():
+      raise ValueError('the table holds numbers that are not finite')
     for m in range(parts):
       codes[start : start + _BLOCK, m] = vq.vq(block[:, m], found[m])[0]
   return codes, found

@@ -67,7 +67,8 @@ def rank_of(rows: int, columns: int, compression: float) -> int:
   # 0.9 of 1 leaves 0.09999999999999998.
   rank = math.floor((1 - compression) * rows * columns / (rows + columns) + 1e-9)
   if rank < 1:
-    raise ValueError(f'{compression:.0%} of {rows} x {columns} removed leaves no rank: remove less')
+    share = f'{100 * compression:g}% of {rows} x {columns}'
+    raise ValueError(f'{share} removed leaves no rank: remove less')
   return rank
 
 

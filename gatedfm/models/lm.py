@@ -368,8 +368,9 @@ def initializer(cfg: LmConfig) -> Callable[[], dict[str, Any]]:
   model = LanguageModel(dataclasses.replace(cfg, scan_layers=False, remat='none'))
 
   def init() -> dict[str, Any]:
-    made = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-    return low_rank.with_factors(made, cfg.ranks)
+    key = jax.random.key(0)
+    made = model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    return low_rank.with_factors(made, cfg.ranks, key)
 
   return init
 

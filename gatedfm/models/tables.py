@@ -117,7 +117,7 @@ def resolved(cfg: TableConfig, rows: int, features: int) -> TableConfig:
     try:
       cfg = dataclasses.replace(cfg, rank=svd.rank_of(rows, features, cfg.compression))
     except ValueError as e:
-      raise ConfigError(f'table.{e}') from None
+      raise ConfigError(f'table.compression: {e}') from None
   elif cfg.kind in ('quantized_factors', 'banded') and not cfg.rank and cfg.compression:
     cfg = largest('rank', range(1, most + 1))
   elif cfg.kind == 'product_quantized':
@@ -129,6 +129,12 @@ def resolved(cfg: TableConfig, rows: int, features: int) -> TableConfig:
     cfg = largest('buckets', range(math.isqrt(rows), rows + 1))
   if cfg.kind == 'quantized_factors' and not cfg.rank:
     raise ConfigError('a quantized_factors table needs table.compression or table.rank')
+  if cfg.kind == 'product_quantized' and features % cfg.parts:
+    raise ConfigError(f'table.parts is {cfg.parts}, which does not divide {features} features')
+  if cfg.kind == 'hashed' and cfg.buckets > rows:
+    raise ConfigError(f'table.buckets is {cfg.buckets}, of {rows} rows at most as many')
+  if cfg.init == 'released_svd' and rows < features:
+    raise ConfigError(f'table.init is released_svd, which needs as many rows as features: {rows}')
   if cfg.rank > most:
     raise ConfigError(f'table.rank is {cfg.rank}, of {rows} x {features} at most {most}')
   return cfg

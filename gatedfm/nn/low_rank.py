@@ -6,6 +6,7 @@ On disk and in tables of shapes a factor is an array of its own, `PATH/first` an
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,9 @@ def joined(node: Any) -> Any:
   return {k: joined(v) for k, v in node.items()}
 
 
-def with_factors(params: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+def with_factors(
+  params: Mapping[str, Any], ranks: Mapping[str, int], key: jax.Array
+) -> dict[str, Any]:
   """Fresh parameters (boxed with their axes' names, or plain) with factors for some matrices.
 
   Their products have the variance that the matrices had.
@@ -74,6 +77,7 @@ def with_factors(params: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[st
   Args:
     params: of an initialiser.
     ranks: R by path.
+    key: of the initialiser; each path has its own of it.
 
   Raises:
     ValueError: a path without a matrix, or a rank that is none.
@@ -82,17 +86,18 @@ def with_factors(params: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[st
   for path, rank in ranks.items():
     if path not in found:
       raise ValueError(f'{path}:{rank} of factors is none of the parameters')
-    found[path] = _fresh(path, found[path], rank)
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    found[path] = _fresh(path, found[path], rank, own)
   return traverse_util.unflatten_dict(found, sep='/')
 
 
-def _fresh(path: str, leaf: Any, rank: int) -> Factorized:
+def _fresh(path: str, leaf: Any, rank: int, key: jax.Array) -> Factorized:
   boxed = isinstance(leaf, nn.LogicallyPartitioned)
   value = leaf.value if boxed else leaf
   if value.ndim != 2 or not 1 <= rank <= min(value.shape):
     raise ValueError(f'{path}:{rank} of factors: shape {value.shape} has no such rank')
   spread = jnp.sqrt(jnp.std(value.astype(jnp.float32)) / math.sqrt(rank))
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), rank))
+  keys = jax.random.split(key)
   shapes = (value.shape[0], rank), (rank, value.shape[1])
   made = [(spread * jax.random.normal(k, s)).astype(value.dtype) for k, s in zip(keys, shapes)]
   if boxed:

@@ -155,16 +155,14 @@ def allocate(
   before = {} if closed is None else dict(closed.values)
   if LAYER in names and before:
     before[LAYER] = np.maximum(before[ATTENTION], before[FFN])
+  # A site of one unit to a layer is one of modules.
+  each = lambda n: (known[n].layers, known[n].units)[: 1 + (known[n].units > 1)]
+  scores = {n: np.asarray(scores[n], np.float64).reshape(each(n)) for n in names}
   if costs:
     ((kind, share),) = budget.items()
-    out = _by_cost(
-      {n: np.asarray(scores[n], np.float64) for n in names}, kind, share, cfg, how, before
-    )
+    out = _by_cost(scores, kind, share, cfg, how, before)
   else:
-    out = {
-      n: _close(np.asarray(scores[n], np.float64), budget[n], known[n], cfg, how, before.get(n))
-      for n in names
-    }
+    out = {n: _close(scores[n], budget[n], known[n], cfg, how, before.get(n)) for n in names}
   layers = out.pop(LAYER, None)
   parts = [Gates(out)] if layers is None else [Gates(out), Gates({ATTENTION: layers, FFN: layers})]
   return combine(parts)

@@ -45,7 +45,7 @@ def init_params(cfg: SpeechConfig, key: jax.Array) -> Any:
   features = jnp.zeros((1, 32, cfg.mels))
   tokens = jnp.zeros((1, 2), jnp.int32)
   made = SpeechModel(cfg).init(key, features, jnp.array([32]), tokens, context)['params']
-  return low_rank.with_factors(made, cfg.ranks)
+  return low_rank.with_factors(made, cfg.ranks, key)
 
 
 def make_init(cfg: TrainConfig) -> Callable[[jax.Array], TrainState]:

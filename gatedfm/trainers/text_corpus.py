@@ -113,6 +113,11 @@ def _table(vectors: word_vectors.WordVectors, vocabulary: Vocabulary) -> np.ndar
   """Vectors of the vocabulary; zeros for padding, the mean for unknown words, random ones for
   words without."""
   table, there = vectors.rows(vocabulary.words)
+  if not there.any():
+    raise DataError('none of the words of the training texts has a vector: give others')
+  if not np.isfinite(table).all():
+    word = vocabulary.words[int(np.flatnonzero(~np.isfinite(table).all(1))[0])]
+    raise DataError(f'the vector of {word!r} has numbers that are not finite')
   special = 1 + vocabulary.unknown
   table[:special], there[:special] = 0, True
   if vocabulary.unknown:
