@@ -41,7 +41,7 @@ def read(path: Path, made: Callable[[dict[str, Any]], T], fields: str) -> list[T
     try:
       rows = [(reader.line_num, row) for row in reader]
     except csv.Error as e:
-      raise DataError(f'{path}, line {reader.line_num}: {e}') from None
+      raise DataError(f'{path}, behind line {reader.line_num}: {e}') from None
   else:
     rows = [(i + 1, line) for i, line in enumerate(text.split('\n')) if line.strip()]
   out = []

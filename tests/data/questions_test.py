@@ -149,3 +149,10 @@ def test_seeds_ask_other_questions():
   assert len(set.union(*drawn[:3])) == 9
   assert len(set.union(*drawn)) == 10
   assert len(questions.sample(task, 'test', 30, 0, 2)) == 10
+
+
+def test_tables_that_csv_cannot_read(tmp_path):
+  path = tmp_path / 'a.csv'
+  path.write_text('context,choices,answer\n' + 'x' * 200_000 + ',a|b,a\n')
+  with pytest.raises(DataError, match=r'a\.csv, behind line 1: field larger than'):
+    questions.load(str(path))

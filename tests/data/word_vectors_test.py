@@ -69,3 +69,16 @@ def test_files_that_are_none(tmp_path):
     word_vectors.read(str(tmp_path / 'v.gz'))
   with pytest.raises(DataError, match='one of glove-50'):
     word_vectors.read('glove')
+
+
+def test_words_with_spaces_and_lines_of_windows(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('the 1 2\n. . . 3 4\n')
+  found = word_vectors.read(str(path))
+  assert list(found.words) == ['the', '. . .']
+  np.testing.assert_array_equal(found.table, [[1, 2], [3, 4]])
+  np.save(tmp_path / 'b.npy', np.arange(6, dtype=np.float32).reshape(3, 2))
+  (tmp_path / 'b.txt').write_bytes(b'one\r\ntwo\r\none\r\n')
+  table, there = word_vectors.read(str(tmp_path / 'b.npy')).rows(['two', 'one', 'three'])
+  np.testing.assert_array_equal(there, [True, True, False])
+  np.testing.assert_array_equal(table, [[2, 3], [0, 1], [0, 0]])  # the first of several

@@ -46,3 +46,13 @@ def test_refusals():
     product_quantization.fit(table, 2, 9)
   with pytest.raises(ValueError, match='not finite'):
     product_quantization.fit(np.full((5, 6), np.inf, np.float32), 2, 2)
+
+
+def test_every_row_is_looked_at(monkeypatch):
+  monkeypatch.setattr(product_quantization, '_SAMPLE', 8)
+  table = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+  for row in range(0, 300, 60):
+    broken = table.copy()
+    broken[row, 1] = np.nan
+    with pytest.raises(ValueError, match='numbers that are not finite'):
+      product_quantization.fit(broken, 2, 4)

@@ -268,3 +268,27 @@ def test_scores_of_ranks_trade_with_heads(fast_compilation):
     allocation.allocate(plain, {calibration.RANKS: 0.5}, tiny_lm.KINDS['opt'])
   with pytest.raises(ConfigError, match='this model has factors'):
     repair.least_squares(small.cfg, small.params, Gates({}), batches)
+
+
+def test_a_single_rank_is_closed_and_cut():
+  small = model('opt', ('decoder/embedding',), rank=1)
+  scores = scorers.magnitude(scorers.Calibrated(small.cfg, small.params))
+  gates = allocation.allocate(scores, {calibration.RANKS: 0.4}, small.cfg)
+  assert gates[calibration.RANKS].shape == (1,)
+  cut = lm_workdir.compacted(small, gates, {})
+  np.testing.assert_allclose(
+    logits(cut.cfg, cut.params), logits(small.cfg, small.params), rtol=1e-5
+  )
+
+
+def test_fresh_factors_differ_by_path_and_key():
+  shapes = {'a': {'kernel': np.eye(4, 5)}, 'b': {'kernel': np.eye(4, 5)}}
+  draw = lambda seed: low_rank.flat(
+    low_rank.with_factors(shapes, {'a/kernel': 2, 'b/kernel': 2}, jax.random.key(seed))
+  )
+  one, again, other = draw(0), draw(0), draw(1)
+  jax.tree.map(np.testing.assert_array_equal, one, again)
+  direction = lambda x: np.asarray(x / np.linalg.norm(x))
+  firsts = [one['a/kernel/first'], one['b/kernel/first'], other['a/kernel/first']]
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    assert np.abs(direction(firsts[i]) - direction(firsts[j])).max() > 0.1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_texts import FRUIT, OTHER, TOOLS, config, write_data
 
+from gatedfm.data.types import DataError
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.models.tables import TableConfig
 from gatedfm.trainers import checkpoints, text_corpus, text_loop
@@ -246,3 +247,18 @@ def test_as_released_all_texts_are_padded_alike(folder):
   batches = text_corpus.Batches(corpus.splits['train'], 16, 3, cfg.seeds, True)
   assert {batch.length for batch in batches.epoch(1)} == {9}
   assert text_loop.train(cfg, folder / 'compat')['accuracy']
+
+
+def test_vectors_that_cannot_be_started_from(tmp_path):
+  write_data(tmp_path)
+  vectors = tmp_path / 'v.txt'
+  cfg = config(tmp_path)
+  cfg.data.without_vector = 'keep'
+  vectors.write_text('nobody 1 2\nknows 3 4\n')
+  with pytest.raises(DataError, match='none of the words of the training texts has a vector'):
+    text_loop.load_corpus(cfg)
+  np.save(tmp_path / 'v.npy', np.array([[1, 2], [np.nan, 4]], np.float32))
+  vectors.write_text('apple\npear\n')
+  cfg.data.vectors = str(tmp_path / 'v.npy')
+  with pytest.raises(DataError, match="the vector of 'pear' has numbers that are not finite"):
+    text_loop.load_corpus(cfg)
