@@ -98,6 +98,8 @@ def test_factors_can_be_quantized_later():
     ({'kind': 'banded', 'compression': 0.999}, 'remove less'),
     ({'kind': 'factorized', 'rank': 13}, 'at most 12'),
     ({'kind': 'quantized', 'bits': 5}, 'one of'),
+    ({'kind': 'product_quantized', 'parts': 7}, 'parts is 7, which does not divide 12'),
+    ({'kind': 'hashed', 'buckets': 5000}, 'buckets is 5000, of'),
     ({'kind': 'factorized', 'rank': 2, 'init': 'released_svd', 'split': 'balanced'}, 'reference'),
     ({'kind': 'hashed', 'buckets': 5, 'project_relu': True}, 'project_relu'),
   ],

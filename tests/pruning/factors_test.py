@@ -270,7 +270,7 @@ def test_scores_of_ranks_trade_with_heads(fast_compilation):
     repair.least_squares(small.cfg, small.params, Gates({}), batches)
 
 
-def test_a_single_rank_is_closed_and_cut():
+def test_a_single_rank_is_one_gate():
   small = model('opt', ('decoder/embedding',), rank=1)
   scores = scorers.magnitude(scorers.Calibrated(small.cfg, small.params))
   gates = allocation.allocate(scores, {calibration.RANKS: 0.4}, small.cfg)
@@ -282,7 +282,8 @@ def test_a_single_rank_is_closed_and_cut():
 
 
 def test_fresh_factors_differ_by_path_and_key():
-  shapes = {'a': {'kernel': np.eye(4, 5)}, 'b': {'kernel': np.eye(4, 5)}}
+  eye = np.eye(4, 5, dtype=np.float32)
+  shapes = {'a': {'kernel': eye}, 'b': {'kernel': eye}}
   draw = lambda seed: low_rank.flat(
     low_rank.with_factors(shapes, {'a/kernel': 2, 'b/kernel': 2}, jax.random.key(seed))
   )
