@@ -33,10 +33,13 @@ def table(summary: Mapping[str, Any], split: str = 'test') -> str:
 
 
 def _groups(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-  """Points by what is comparable, with a name of it."""
+  """Points by what is comparable, with a name of it: of files the last part where that tells."""
   out: dict[str, list[Mapping[str, Any]]] = {}
+  full = dict.fromkeys(point['texts'] for point in summary['points'].values())
+  short = {texts: texts.rsplit('/', 1)[-1].split('.')[0] for texts in full}
+  alone = len(set(short.values())) == len(short)
   for point in summary['points'].values():
-    texts = point['texts'].rsplit('/', 1)[-1].split('.')[0]
+    texts = short[point['texts']] if alone else point['texts'].replace('/', ' ')
     out.setdefault(f'{texts}, {point["kind"].upper()}', []).append(point)
   return out
 

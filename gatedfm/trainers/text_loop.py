@@ -65,6 +65,10 @@ def complete(cfg: TextTrainConfig, corpus: TextCorpus) -> TextTrainConfig:
         f'classifier.{name} is {getattr(model, name)}, of the data {value}: leave 0'
       )
   table = model.table
+  if corpus.table is None and not cfg.init_from and table.kind in tables.CODED:
+    raise ConfigError(
+      f'a {table.kind} table is made of another and keeps its codes: give data.vectors or init_from'
+    )
   if table.kind == 'quantized_factors' and not (table.rank or table.compression) and cfg.init_from:
     # Of the factors that it is made of.
     table = dataclasses.replace(table, rank=load_config(Path(cfg.init_from)).classifier.table.rank)

@@ -187,6 +187,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(change, message, d
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('kind', ['quantized', 'product_quantized'])
+def test_codes_of_nothing_are_refused(kind, folder, tmp_path):
+  table = TableConfig(kind, parts=3 if kind == 'product_quantized' else 0)
+  cfg = config(folder, table=table)
+  cfg.data.vectors, cfg.classifier.features = '', 6
+  with pytest.raises(ConfigError, match='keeps its codes: give data.vectors or init_from'):
+    text_loop.train(cfg, tmp_path / 'run')
+
+
 def test_other_texts_are_refused(dense, tmp_path):
   cfg = config(dense.parent, init_from=str(dense))
   cfg.data.min_count = 20
