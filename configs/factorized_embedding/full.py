@@ -1,4 +1,4 @@
-"""All ways to make a table smaller, on TREC, SST-5 and Subj by LSTM and DAN, on AG News by DAN.
+"""Ways to make a table smaller, on TREC, SST-5 and Subj by LSTM and DAN, on AG News by DAN.
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/full.py --workdir=runs/tables_full
 

@@ -29,11 +29,8 @@ KINDS = (
   'banded',
   'hashed',
 )
-CODED = (
-  'quantized',
-  'quantized_factors',
-  'product_quantized',
-)  # with codes that no training changes
+# Whose codes no training changes.
+CODED = ('quantized', 'quantized_factors', 'product_quantized')
 INITS = ('svd', 'weighted_svd', 'released_svd', 'random')
 _BANDS = (0.1, 0.4, 1.0)  # where bands of rows by frequency end; each has half the last one's rank
 

@@ -95,7 +95,8 @@ def wanda(x: Calibrated) -> Scores:
 
 
 def magnitude(x: Calibrated) -> Scores:
-  """L2 norm of a unit's row or rows of the output projection; of a rank its singular value."""
+  """L2 norm of a unit's row or rows of the output projection; of a rank its product's norm: of
+  factors by SVD without weights the singular value."""
   out = {}
   for name, module, kernel in ((HEADS, 'attention', 'out'), (CHANNELS, 'ffn', 'w_2')):
     out[name] = np.stack([np.linalg.norm(k, axis=1) for k in _kernels(x, module, kernel)])
