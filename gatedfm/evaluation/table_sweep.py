@@ -31,6 +31,8 @@ from gatedfm.trainers.text_corpus import TextCorpus
 def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
   """Trains what is not trained yet, then compares all points with their baselines.
 
+  Points whose loss is not finite, and what needs them, are left out and named in the summary.
+
   Args:
     cfg: the sweep.
     workdir: gets a folder per point, `summary.json`, `table.md` and pictures.
@@ -40,14 +42,13 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
   """
   cfg.validate()
   workdirs.refuse_single(workdir)
-  start, results = time.perf_counter(), {}
+  start, results, failed = time.perf_counter(), {}, {}
   corpora: dict[str, TextCorpus] = {}
   for name in cfg.points:  # all are looked at before the first is trained
     train = _placed(cfg, name, workdir)
     corpus = _corpus(train, corpora)
-    if (
-      train.init_from and not train.classifier.table.rank and not train.classifier.table.compression
-    ):
+    table = train.classifier.table
+    if train.init_from and not (table.rank or table.compression):
       continue  # of the rank of its parent
     try:
       text_loop.complete(train, corpus)
@@ -57,14 +58,21 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
     train = _placed(cfg, name, workdir)
     there = (workdir / name / text_loop.RESULT).exists()
     say(f'sweep: point {i + 1}/{len(cfg.points)}: {name}' + (', which is there' if there else ''))
-    results[name] = text_loop.train(train, workdir / name, _corpus(train, corpora))
+    missing = {cfg.points[name].train.init_from, cfg.points[name].baseline} & set(failed)
+    try:
+      if missing:
+        raise FloatingPointError(f'{" and ".join(sorted(missing))} failed')
+      results[name] = text_loop.train(train, workdir / name, _corpus(train, corpora))
+    except FloatingPointError as e:  # the others are worth having all the same
+      failed[name] = str(e)
+      say(f'  {name} failed: {e}')
     # Each point has programs of its own; of hundreds the process could map no more into memory.
     jax.clear_caches()
-    if not there and i + 1 < len(cfg.points):
+    if results and not there and i + 1 < len(cfg.points):
       left = _left(cfg, list(cfg.points)[i + 1 :], results, workdir)
       say(f'sweep: {log.duration(time.perf_counter() - start)} so far, about '
           f'{log.duration(left)} left')  # fmt: skip
-  summary = summarize(cfg, results, workdir)
+  summary = summarize(cfg, results, workdir) | {'failed': failed}
   summary['seconds'] = sum(result['seconds'] for result in results.values())
   atomic.write_text(workdir / workdirs.SUMMARY, json.dumps(summary, indent=1) + '\n')
   pictures = table_report.pictures(summary)
@@ -74,7 +82,8 @@ def run(cfg: TableSweepConfig, workdir: Path) -> dict[str, Any]:
     plots.save(figure, workdir / f'{name}.png')
   table = table_report.table(summary)
   atomic.write_text(workdir / 'table.md', table + '\n')
-  say(f'{table}\nsweep: done; see {workdir}')
+  lost = ''.join(f'\n{name} failed: {why}' for name, why in failed.items())
+  say(f'{table}{lost}\nsweep: done; see {workdir}')
   return summary
 
 
@@ -133,8 +142,8 @@ def summarize(
 ) -> dict[str, Any]:
   """Accuracies and sizes; what is lost to the baseline, with intervals over seeds and texts."""
   points = {}
-  for name, point in cfg.points.items():
-    result = results[name]
+  for name, result in results.items():
+    point = cfg.points[name]
     train = point.train
     row = {
       'texts': train.data.texts,
@@ -152,7 +161,7 @@ def summarize(
         split: _difference(mine[split], theirs[split]) for split in result['accuracy']
       }
     points[name] = row
-  texts = {p.train.data.texts: results[name]['texts'] for name, p in cfg.points.items()}
+  texts = {cfg.points[name].train.data.texts: result['texts'] for name, result in results.items()}
   return {
     'schema': 1,
     **provenance.collect('gatedfm.sweep'),

@@ -134,3 +134,22 @@ def test_schedules_are_drawn():
   lines = [axes.lines[0].get_ydata() for axes in figure.axes]
   assert [len(line) for line in lines] == [40, 40]
   np.testing.assert_allclose(lines[0][[0, 5, 10]], [0.1, 1.0, 0.1], rtol=1e-6)
+
+
+def test_a_point_that_diverges_stops_no_other(run, capsys, monkeypatch):
+  cfg = sweep(run[0])
+  original = table_sweep.text_loop.train
+
+  def train(train, workdir, corpus):
+    if train.name == 'small':
+      raise FloatingPointError('the loss is not finite')
+    return original(train, workdir, corpus)
+
+  monkeypatch.setattr(table_sweep.text_loop, 'train', train)
+  child = copy.deepcopy(cfg.points['int8'])
+  child.train.init_from = 'small'
+  cfg.points['child'] = child
+  summary = table_sweep.run(cfg, run[0] / 'sweep')
+  assert set(summary['points']) == {'dense', 'int8'}
+  assert summary['failed'] == {'small': 'the loss is not finite', 'child': 'small failed'}
+  assert 'child failed: small failed' in capsys.readouterr().out
