@@ -60,7 +60,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, figures.Figure]:
   """Accuracy lost against what is gone, a figure for each set of texts and kind of model."""
   out = {}
   for title, points in _groups(summary).items():
-    if mine := [p for p in points if 'difference' in p]:
+    if mine := [p for p in points if 'test' in p.get('difference', ())]:
       out[title.replace(', ', '_').lower()] = _lost(mine, title)
   return out
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gatedfm import atomic, provenance
+from gatedfm import provenance
 from gatedfm.data import lm_batches, questions
-from gatedfm.evaluation import lm_timing, pruning_runs
+from gatedfm.evaluation import pruning_runs
 from gatedfm.execution import lm_workdir
-from gatedfm.models import lm_costs
 from gatedfm.models.speech_config import ConfigError, choice
 from gatedfm.pruning import factors
 from gatedfm.trainers import workdirs
@@ -102,13 +100,9 @@ def _run(
   small = dataclasses.replace(dense, cfg=cfg, params=params, origin=history | {'of': dense.origin})
   report = history | {'factors': [dataclasses.asdict(row) for row in rows]}
   models = {'dense': dense, 'factorized': small}
-  times = lm_timing.side_by_side(models, how.tokens, how.rounds) if how.rounds else {}
-  for name, model in models.items():
-    costs = lm_costs.count(model.cfg, model.params, how.tokens)
-    report[name] = costs | times.get(name, {})
+  report |= pruning_runs.measured(models, how.tokens, how.rounds)
   lm_workdir.save(workdir, small)
-  report = json.loads(json.dumps(report))
-  atomic.write_text(workdir / pruning_runs.REPORT, json.dumps(report, indent=1) + '\n')
+  report = pruning_runs.written(workdir, report)
   for line in describe(report):
     say(line)
   return report

@@ -120,15 +120,10 @@ def _run(
   history = {'parent': str(checkpoint), 'pruning': dataclasses.asdict(how), **origin}
   small = lm_workdir.compacted(repaired, gates, history | {'of': dense.origin}, fold=True)
   report = history | {'scoring_seconds': seconds, 'closed': _closed(gates.values)}
-  models = {'dense': dense, 'pruned': small}
-  times = lm_timing.side_by_side(models, how.tokens, how.rounds) if how.rounds else {}
-  for name, model in models.items():
-    costs = lm_costs.count(model.cfg, model.params, how.tokens)
-    report[name] = costs | times.get(name, {})
+  report |= measured({'dense': dense, 'pruned': small}, how.tokens, how.rounds)
   lm_workdir.save(workdir, small)
   score_files.save(workdir / SCORES, scores)
-  report = json.loads(json.dumps(report))
-  atomic.write_text(workdir / REPORT, json.dumps(report, indent=1) + '\n')
+  report = written(workdir, report)
   pictures = {
     'heads': (HEADS, importance_plots.importance),
     'ffn': (FFN, importance_plots.ffn_importance),
@@ -139,6 +134,22 @@ def _run(
   for line in describe(report):
     say(line)
   return report
+
+
+def measured(
+  models: Mapping[str, LmCheckpoint], tokens: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+  """Costs of models by name and, of so many rounds side by side, their times."""
+  times = lm_timing.side_by_side(models, tokens, rounds) if rounds else {}
+  costs = {name: lm_costs.count(x.cfg, x.params, tokens) for name, x in models.items()}
+  return {name: cost | times.get(name, {}) for name, cost in costs.items()}
+
+
+def written(workdir: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes a report, and returns it as it will be read."""
+  text = json.dumps(report, indent=1)
+  atomic.write_text(workdir / REPORT, text + '\n')
+  return json.loads(text)
 
 
 def _try_out(dense: LmCheckpoint, how: Pruning) -> None:

@@ -17,7 +17,8 @@ from gatedfm.models.text_classifier import TextClassifier
 from gatedfm.trainers import checkpoints, text_loop
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.text_config import TextTrainConfig
-from gatedfm.trainers.text_step import CHUNK, Variables
+from gatedfm.trainers.text_corpus import chunks
+from gatedfm.trainers.text_step import Variables
 
 
 class Labeller:
@@ -78,18 +79,11 @@ class Labeller:
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Probabilities `[N, C]` of the labels, for N texts."""
-    least = self._longest if self._compat else 8
     split = [texts_lib.words(text) for text in texts]
-    ids, lengths = self._vocabulary.encode(split, self._longest, least)
+    ids, lengths = self._vocabulary.encode(split, self._longest, self._longest)
     out = np.zeros((len(texts), len(self.labels)), np.float32)
-    order = np.argsort(lengths, kind='stable')  # short ones together
-    for i in range(0, len(order), CHUNK):
-      rows = order[i : i + CHUNK]
-      # Few shapes, and so few programs.
-      filled = np.resize(rows, min(CHUNK, 1 << (len(rows) - 1).bit_length()))
-      longest = least if self._compat else max(least, -(-int(lengths[rows].max()) // 8) * 8)
-      padded = np.full((len(filled), longest), texts_lib.PAD, np.int32)
-      padded[:, : ids.shape[1]] = ids[filled, :longest]
-      found = np.asarray(self._probabilities(self._variables, padded, lengths[filled]))
-      out[rows] = found[: len(rows)]
+    for chunk in chunks(lengths, self._longest, self._compat):
+      some = ids[chunk.filled, : chunk.length], lengths[chunk.filled]
+      found = np.asarray(self._probabilities(self._variables, *some))
+      out[chunk.rows] = found[: len(chunk.rows)]
     return out

@@ -60,17 +60,9 @@ class FactorizedEmbed(nn.Module):
     self.embedding = part('embedding', self.embedding_init, ('vocab', 'rank'), (v, r))
     self.projection = part('projection', self.projection_init, ('rank', 'embed'), (r, d))
 
-  def __call__(self, inputs: jax.Array, gates_R: jax.Array | None = None) -> jax.Array:
-    """Rows of the table, `[..., D]`.
-
-    Args:
-      inputs: integers of any shape.
-      gates_R: 0 to 1 for each rank, which are multiplied by.
-
-    Raises:
-      ValueError: inputs that are not integers.
-    """
-    x_xR = _gated(self.narrow(inputs), gates_R)
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Rows of the table, `[..., D]`, of integers of any shape; raises ValueError for others."""
+    x_xR = self.narrow(inputs)
     return jnp.matmul(*self.promote_dtype(x_xR, self.projection, dtype=self.dtype, inexact=False))
 
   def narrow(self, inputs: jax.Array) -> jax.Array:
@@ -79,16 +71,11 @@ class FactorizedEmbed(nn.Module):
     (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
     return look_up(table, inputs, self.one_hot)
 
-  def attend(self, query: jax.Array, gates_R: jax.Array | None = None) -> jax.Array:
+  def attend(self, query: jax.Array) -> jax.Array:
     """Products with all rows, `[..., D] -> [..., V]`."""
     query, projection = self.promote_dtype(query, self.projection, dtype=self.dtype)
-    x_xR = _gated(query @ projection.T, gates_R)
-    x_xR, table = self.promote_dtype(x_xR, self.embedding, dtype=self.dtype)
+    x_xR, table = self.promote_dtype(query @ projection.T, self.embedding, dtype=self.dtype)
     return x_xR @ table.T
-
-
-def _gated(x_xR: jax.Array, gates_R: jax.Array | None) -> jax.Array:
-  return x_xR if gates_R is None else x_xR * gates_R.astype(x_xR.dtype)
 
 
 def from_the_end(inputs: jax.Array, rows: int) -> jax.Array:

@@ -250,7 +250,7 @@ def _run(
       f'{len(cfg.seeds)} seeds, {cfg.epochs} epochs of {len(batches)} steps'
     )
     done = int(state.step) // max(len(batches), 1)
-    if cfg.init_from and not begun:
+    if cfg.init_from and cfg.epochs and not begun:
       # What it starts from is a choice like that after each epoch.
       right = steps.right(state.params, corpus.splits['validation'])
       state = steps.choose(state, jnp.asarray(right.mean(1), jnp.float32))

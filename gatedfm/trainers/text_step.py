@@ -17,10 +17,9 @@ import optax
 from gatedfm.models.text_classifier import TextClassifier, TextConfig
 from gatedfm.trainers import optimizer
 from gatedfm.trainers.config import OptimizerConfig
-from gatedfm.trainers.text_corpus import Arrays, Batch
+from gatedfm.trainers.text_corpus import Arrays, Batch, chunks
 
 Variables = dict[str, Any]
-CHUNK = 512  # texts that are evaluated at a time
 
 
 @flax.struct.dataclass
@@ -140,16 +139,11 @@ class Steps:
   def right(self, variables: Variables, split: Arrays) -> np.ndarray:
     """Which texts of a split are classified rightly, `[Z, N]` bool, by variables `[Z, ...]`."""
     out = np.zeros((len(self._seeds), len(split)), bool)
-    order = np.argsort(split.lengths, kind='stable')  # short ones together
-    for i in range(0, len(order), CHUNK):
-      rows = order[i : i + CHUNK]
-      filled = np.resize(rows, CHUNK)
-      longest = max(int(split.lengths[rows].max()), 1)
-      length = min(-(-longest // 8) * 8, split.ids.shape[1])
-      if self._model.cfg.reference_compat:
-        length = split.ids.shape[1]
-      arrays = split.ids[filled], split.lengths[filled], split.labels[filled]
-      out[:, rows] = np.asarray(self._right(variables, *arrays, length=length))[:, : len(rows)]
+    padded = self._model.cfg.reference_compat
+    for chunk in chunks(split.lengths, split.ids.shape[1], padded):
+      arrays = (x[chunk.filled] for x in (split.ids, split.lengths, split.labels))
+      found = np.asarray(self._right(variables, *arrays, length=chunk.length))
+      out[:, chunk.rows] = found[:, : len(chunk.rows)]
     return out
 
   @functools.partial(jax.jit, static_argnums=0)

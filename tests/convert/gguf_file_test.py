@@ -1,6 +1,7 @@
 """GGUF files give the matrices, options and tokens that were written into them."""
 
 import json
+import types
 
 import gguf
 import numpy as np
@@ -82,3 +83,13 @@ def test_other_files(tmp_path):
   tiny_gguf.write(tmp_path / 'b.gguf', architecture='mamba')
   with pytest.raises(DataError, match="architecture 'mamba'; this reads llama"):
     gguf_file.GgufFile(tmp_path / 'b.gguf')
+
+
+@pytest.mark.parametrize('kind', ['Q8_K', 'I8'])
+def test_types_that_gguf_cannot_read_are_named(kind):
+  kind = gguf.GGMLQuantizationType[kind]
+  tensor = types.SimpleNamespace(
+    name='a.weight', data=np.zeros((1, 512), np.uint8), tensor_type=kind
+  )
+  with pytest.raises(DataError, match=f'a.weight is of type {kind.name}, which cannot be dequant'):
+    gguf_file._read(tensor, 0)

@@ -72,27 +72,6 @@ def test_a_new_one_varies_as_nn_embed():
   assert variables['projection'].names == ('rank', 'embed')
 
 
-def test_a_closed_rank_is_one_that_is_not_there():
-  variables = factors(4)
-  gates = jnp.array([1.0, 0, 1, 0])
-  params = variables['params']
-  few = {
-    'params': {
-      'embedding': params['embedding'][:, ::2],
-      'projection': params['projection'][::2],
-    }
-  }
-  small, smaller = FactorizedEmbed(V, D, 4), FactorizedEmbed(V, D, 2)
-  np.testing.assert_allclose(
-    small.apply(variables, IDS, gates), smaller.apply(few, IDS), rtol=1e-5, atol=1e-6
-  )
-  query = jnp.ones((2, D))
-  np.testing.assert_allclose(
-    small.apply(variables, query, gates, method='attend'),
-    smaller.apply(few, query, method='attend'), rtol=1e-5, atol=1e-6,
-  )  # fmt: skip
-
-
 @pytest.mark.parametrize('number', [-12, 11])
 def test_numbers_out_of_range(number):
   ids = jnp.array([1, number])

@@ -33,6 +33,21 @@ def result(workdir):
   return json.loads((workdir / text_loop.RESULT).read_text())
 
 
+def killed(monkeypatch, cfg, workdir):
+  """Trains for an epoch and what of the second comes before its checkpoint."""
+  original = text_loop.log.Log.write
+
+  def stop(self, step, values):
+    original(self, step, values)
+    if step == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(text_loop.log.Log, 'write', stop)
+  with pytest.raises(KeyboardInterrupt):
+    text_loop.train(cfg, workdir)
+  monkeypatch.undo()
+
+
 def test_corpus(folder):
   corpus = text_corpus.load(config(folder).data, False)
   assert set(corpus.vocabulary.words) == {'_PAD', *FRUIT, *TOOLS[1:], *OTHER}
@@ -93,17 +108,7 @@ def test_stopped_and_resumed_is_uninterrupted(kind, folder, monkeypatch):
   whole, cut = folder / f'{kind}_whole', folder / f'{kind}_cut'
   options = {'kind': kind, 'checkpoint_every': 1, 'epochs': 3}
   text_loop.train(config(folder, **options), whole)
-  original = text_loop.log.Log.write
-
-  def stop(self, step, values):
-    original(self, step, values)
-    if step == 2:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(text_loop.log.Log, 'write', stop)
-  with pytest.raises(KeyboardInterrupt):
-    text_loop.train(config(folder, **options), cut)
-  monkeypatch.undo()
+  killed(monkeypatch, config(folder, **options), cut)
   text_loop.train(config(folder, **options), cut)
   a, b = checkpoints.load_params(whole), checkpoints.load_params(cut)
   jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -210,17 +215,7 @@ def test_what_a_training_began_with_may_not_change(tmp_path, monkeypatch):
   texts = own.read_text()
   text_loop.train(config(tmp_path, epochs=1), tmp_path / 'dense')
   options = {'checkpoint_every': 1, 'epochs': 2}
-  original = text_loop.log.Log.write
-
-  def stop(self, step, values):
-    original(self, step, values)
-    if step == 2:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(text_loop.log.Log, 'write', stop)
-  with pytest.raises(KeyboardInterrupt):
-    text_loop.train(config(tmp_path, **options), tmp_path / 'cut')
-  monkeypatch.undo()
+  killed(monkeypatch, config(tmp_path, **options), tmp_path / 'cut')
   swapped = texts.replace('"fruit"', '"x"').replace('"tool"', '"fruit"').replace('"x"', '"tool"')
   own.write_text(swapped)
   before = (tmp_path / 'cut' / text_loop.CORPUS).read_text()
