@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 from typing import Any
 
@@ -28,8 +29,8 @@ class OptimizerConfig:
       `released_calr`, `clr` (triangular), `triangular2`, `exp_range` and `sgdr`; see
       `schedules.py`.
     half_cycle: steps from minimum to maximum of these; below 1 a share of the training.
-    decay, decay_every: of CALR's maximum, and in how many steps; 0 is a cycle, of `released_calr`
-      they are an epoch's.
+    decay, decay_every: of CALR's maximum, and in how many steps (below 1 a share of the training);
+      0 is a cycle, of `released_calr` they are an epoch's.
     gate_lr: peak of the gate predictor's own learning rate, same schedule.
     clip: global gradient norm.
   """
@@ -42,7 +43,7 @@ class OptimizerConfig:
   final_fraction: float = 0.02
   half_cycle: float = 1000
   decay: float = 0.1
-  decay_every: int = 0
+  decay_every: float = 0
   b1: float = 0.9
   b2: float = 0.98
   eps: float = 1e-8
@@ -56,15 +57,23 @@ class OptimizerConfig:
       raise ConfigError(
         'optimizer.half_cycle is above 0, decay_every not negative, decay above 0 and at most 1'
       )
-    if self.half_cycle > 1 and self.half_cycle % 1:
-      raise ConfigError(
-        f'optimizer.half_cycle is {self.half_cycle}; it is whole steps, or a share below 1'
-      )
-    if self.schedule == 'released_calr' and (not self.decay_every or self.decay == 1):
-      raise ConfigError(
-        'optimizer.schedule is released_calr: set decay_every to the steps of an epoch, and a '
-        'decay below 1'
-      )
+    for name in ('half_cycle', 'decay_every'):
+      if getattr(self, name) > 1 and getattr(self, name) % 1:
+        raise ConfigError(
+          f'optimizer.{name} is {getattr(self, name)}; it is whole steps, or a share below 1'
+        )
+    if self.schedule == 'released_calr':
+      if not self.decay_every or self.decay == 1:
+        raise ConfigError(
+          'optimizer.schedule is released_calr: set decay_every to the steps of an epoch, and a '
+          'decay below 1'
+        )
+      power = math.log(self.final_fraction or 2, self.decay)
+      if power < 0.99 or abs(power - round(power)) > 0.01:
+        raise ConfigError(
+          f'optimizer.final_fraction is {self.final_fraction}; of released_calr it is a power of '
+          f'the decay, such as {self.decay**3:.6g}'
+        )
     if not 0 <= self.final_fraction <= 1 or (self.schedule == 'calr' and not self.final_fraction):
       raise ConfigError(
         f'optimizer.final_fraction is {self.final_fraction}; it is a share of the peak, which '

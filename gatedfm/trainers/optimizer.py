@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -31,13 +32,15 @@ def _names(path: tuple) -> list[str]:
 def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
   """Linear warm-up, then the configured decay; or cycles, which warm up themselves."""
   floor = peak * cfg.final_fraction
-  half = cfg.half_cycle if cfg.half_cycle >= 1 else cfg.half_cycle * steps
-  half = max(round(half), 1)
+  in_steps = lambda x: max(round(x if x >= 1 else x * steps), 1)
+  half = in_steps(cfg.half_cycle)
+  every = in_steps(cfg.decay_every) if cfg.decay_every else None
   match cfg.schedule:
     case 'calr':
-      return schedules.calr_schedule(peak, floor, half, cfg.decay, cfg.decay_every or None)
+      return schedules.calr_schedule(peak, floor, half, cfg.decay, every)
     case 'released_calr':  # its floor is a power of the decay
-      return schedules.released_calr_schedule(peak, cfg.decay_every, half, cfg.decay)
+      power = round(math.log(cfg.final_fraction, cfg.decay))
+      return schedules.released_calr_schedule(peak, every, half, cfg.decay, power)
     case 'clr':
       return schedules.clr_schedule(peak, floor, half)
     case 'triangular2' | 'exp_range':

@@ -61,17 +61,17 @@ def test_learning_rate_warms_up_to_its_peak(schedule):
 @pytest.mark.parametrize(
   ('schedule', 'want'),
   [
-    ('calr', lambda: schedules.calr_schedule(0.5, 0.005, 6, 0.2, 9)),
-    ('released_calr', lambda: schedules.released_calr_schedule(0.5, 9, 6, 0.2)),
-    ('clr', lambda: schedules.clr_schedule(0.5, 0.005, 6)),
-    ('triangular2', lambda: schedules.clr_schedule(0.5, 0.005, 6, 'triangular2')),
-    ('exp_range', lambda: schedules.clr_schedule(0.5, 0.005, 6, 'exp_range')),
-    ('sgdr', lambda: schedules.sgdr_schedule(0.5, 0.005, 12, 60)),
+    ('calr', lambda: schedules.calr_schedule(0.5, 0.02, 6, 0.2, 9)),
+    ('released_calr', lambda: schedules.released_calr_schedule(0.5, 9, 6, 0.2, 2)),
+    ('clr', lambda: schedules.clr_schedule(0.5, 0.02, 6)),
+    ('triangular2', lambda: schedules.clr_schedule(0.5, 0.02, 6, 'triangular2')),
+    ('exp_range', lambda: schedules.clr_schedule(0.5, 0.02, 6, 'exp_range')),
+    ('sgdr', lambda: schedules.sgdr_schedule(0.5, 0.02, 12, 60)),
   ],
 )
-@pytest.mark.parametrize('half', [6, 0.1])
-def test_cycles(schedule, want, half):
-  options = {'half_cycle': half, 'decay': 0.2, 'decay_every': 9, 'final_fraction': 0.01}
+@pytest.mark.parametrize(('half', 'every'), [(6, 9), (0.1, 0.15)])
+def test_cycles(schedule, want, half, every):
+  options = {'half_cycle': half, 'decay': 0.2, 'decay_every': every, 'final_fraction': 0.04}
   cfg = OptimizerConfig(schedule=schedule, **options)
   cfg.validate()
   got, want = optimizer.learning_rate(cfg, 0.5, 60), want()
@@ -83,7 +83,13 @@ def test_cycles(schedule, want, half):
   [
     ({'half_cycle': 0}, 'half_cycle is above 0'),
     ({'half_cycle': 1.5}, r'half_cycle is 1\.5; it is whole steps, or a share'),
+    ({'decay_every': 1.5}, r'decay_every is 1\.5; it is whole steps, or a share'),
     ({'schedule': 'released_calr'}, 'set decay_every to the steps of an epoch'),
+    (
+      {'schedule': 'released_calr', 'decay_every': 9, 'final_fraction': 0.02},
+      r'final_fraction is 0\.02; of released_calr it is a power of the decay, such as 0\.001',
+    ),
+    ({'schedule': 'released_calr', 'decay_every': 9, 'final_fraction': 0.0}, 'power of the decay'),
     ({'schedule': 'calr', 'final_fraction': 0.0}, 'calr must be able to come down to'),
   ],
 )
