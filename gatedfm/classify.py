@@ -3,9 +3,11 @@
 Example:
   python -m gatedfm.classify --checkpoint=runs/trec 'Who wrote Hamlet?' 'How far is the moon?'
   python -m gatedfm.classify --checkpoint=runs/trec --texts=mine.csv
+  python -m gatedfm.classify --checkpoint=runs/trec --write_vectors=trec.txt
 
 Prints label, probability and text, separated by tabs. A file is .txt, a text a line, or .jsonl or
-.csv with text; where all lines of it have a label too, the accuracy follows on stderr.
+.csv with text; where all lines of it have a label too, the accuracy follows on stderr. The last
+writes the vectors of its words as text, as GloVe's are published, for use elsewhere.
 """
 
 import sys
@@ -19,17 +21,24 @@ _TEXTS = flags.DEFINE_string('texts', '', 'File of texts.')
 _SEED = flags.DEFINE_integer(
   'seed', None, 'Of those trained side by side; by default the best on validation.'
 )
+_WRITE = flags.DEFINE_string('write_vectors', '', 'File that gets the vectors of its words.')
 flags.mark_flag_as_required('checkpoint')
 
 
 def main(argv: list[str]) -> None:
-  if (len(argv) < 2) == (not _TEXTS.value):
-    raise SystemExit('error: give texts, or a file of them as --texts; see --help')
+  if sum(map(bool, (argv[1:], _TEXTS.value, _WRITE.value))) != 1:
+    raise SystemExit('error: give texts, a file of them as --texts, or --write_vectors; see --help')
   mains.set_up()
-  from gatedfm.data import texts
-  from gatedfm.execution.labeller import Labeller
+  from gatedfm.data import texts, word_vectors
+  from gatedfm.execution.labeller import Labeller, trained_vectors
 
   with mains.clear_errors():
+    if _WRITE.value:
+      path = mains.folder(_WRITE.value)
+      found = trained_vectors(mains.folder(_CHECKPOINT.value), _SEED.value)
+      word_vectors.write(path, found)
+      print(f'{path}: {len(found.words)} words of {found.table.shape[1]} numbers')
+      return
     given = texts.given(mains.folder(_TEXTS.value)) if _TEXTS.value else [(t, '') for t in argv[1:]]
     labeller = Labeller.load(mains.folder(_CHECKPOINT.value), _SEED.value)
     found = labeller([text for text, _ in given])

@@ -12,6 +12,8 @@ import numpy as np
 
 from gatedfm.data import texts as texts_lib
 from gatedfm.data.texts import Vocabulary
+from gatedfm.data.word_vectors import WordVectors
+from gatedfm.models import tables, text_classifier
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.models.text_classifier import TextClassifier
 from gatedfm.trainers import checkpoints, text_loop
@@ -36,8 +38,13 @@ class Labeller:
   ):
     self.labels = tuple(labels)
     self._compat, self._longest = cfg.classifier.reference_compat, cfg.data.longest
+    classifier, table = cfg.classifier, cfg.classifier.table
+    if table.kind == 'factorized' and not table.project_relu:
+      # Lookups are as narrow as the rank then.
+      classifier, params = text_classifier.fold(classifier, variables['params'])
+      variables = variables | {'params': params}
     self._vocabulary, self._variables = vocabulary, variables
-    model = TextClassifier(cfg.classifier)
+    model = TextClassifier(classifier)
 
     def probabilities(variables: Variables, ids: jax.Array, lengths: jax.Array) -> jax.Array:
       # Dropout, should the model have it here too.
@@ -59,23 +66,7 @@ class Labeller:
       CheckpointError: no classifier there, or one that is not trained to its end.
       ConfigError: a seed that was not trained.
     """
-    workdir = Path(workdir)
-    cfg = text_loop.load_config(workdir)
-    result, names = workdir / text_loop.RESULT, workdir / text_loop.CORPUS
-    if not result.exists():
-      raise CheckpointError(f'{workdir} is not trained to its end: give its command once more')
-    if not names.exists():
-      raise CheckpointError(f'{names} is missing: train anew, in another workdir')
-    accuracy, about = json.loads(result.read_text())['accuracy'], json.loads(names.read_text())
-    seeds = list(cfg.seeds)
-    if seed is None:
-      seed = seeds[int(np.argmax(accuracy['validation']))]
-    if seed not in seeds:
-      raise ConfigError(f'seed {seed} was not trained in {workdir}: take one of {seeds}')
-    at, held = seeds.index(seed), checkpoints.load_params(workdir)
-    own = jax.tree.map(lambda x: jnp.asarray(x[at]), held)
-    words = tuple(about['words'])
-    return cls(cfg, own, Vocabulary(words, np.zeros(len(words), np.int64)), about['labels'])
+    return cls(*_trained(Path(workdir), seed))
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Probabilities `[N, C]` of the labels, for N texts."""
@@ -87,3 +78,39 @@ class Labeller:
       found = np.asarray(self._probabilities(self._variables, *some))
       out[chunk.rows] = found[: len(chunk.rows)]
     return out
+
+
+def trained_vectors(workdir: Path | str, seed: int | None = None) -> WordVectors:
+  """The rows of a classifier's table, whatever stands for it, of all words that have one.
+
+  Args:
+    workdir, seed: as of `Labeller.load`, which raises the same.
+  """
+  cfg, variables, vocabulary, _ = _trained(Path(workdir), seed)
+  classifier = cfg.classifier
+  own = {name: found['table'] for name, found in variables.items() if 'table' in found}
+  table = tables.to_dense(classifier.table, own, classifier.vocab_size, classifier.features)
+  first = texts_lib.UNKNOWN + vocabulary.unknown  # what stands for no word comes before
+  return WordVectors(vocabulary.words[first:], table[first:])
+
+
+def _trained(
+  workdir: Path, seed: int | None
+) -> tuple[TextTrainConfig, Variables, Vocabulary, list[str]]:
+  """What `Labeller` is made of."""
+  cfg = text_loop.load_config(workdir)
+  result, names = workdir / text_loop.RESULT, workdir / text_loop.CORPUS
+  if not result.exists():
+    raise CheckpointError(f'{workdir} is not trained to its end: give its command once more')
+  if not names.exists():
+    raise CheckpointError(f'{names} is missing: train anew, in another workdir')
+  accuracy, about = json.loads(result.read_text())['accuracy'], json.loads(names.read_text())
+  seeds = list(cfg.seeds)
+  if seed is None:
+    seed = seeds[int(np.argmax(accuracy['validation']))]
+  if seed not in seeds:
+    raise ConfigError(f'seed {seed} was not trained in {workdir}: take one of {seeds}')
+  at, held = seeds.index(seed), checkpoints.load_params(workdir)
+  own = jax.tree.map(lambda x: jnp.asarray(x[at]), held)
+  words = tuple(about['words'])
+  return cfg, own, Vocabulary(words, np.zeros(len(words), np.int64)), about['labels']

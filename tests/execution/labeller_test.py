@@ -5,17 +5,18 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
 from tiny_texts import config, write_data
 
-from gatedfm.data import rows, texts
+from gatedfm.data import rows, texts, word_vectors
 from gatedfm.data.types import DataError
-from gatedfm.execution.labeller import Labeller
+from gatedfm.execution.labeller import Labeller, trained_vectors
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.models.tables import TableConfig
-from gatedfm.trainers import text_loop
+from gatedfm.trainers import checkpoints, text_loop
 from gatedfm.trainers.checkpoints import CheckpointError
 
 
@@ -23,12 +24,18 @@ from gatedfm.trainers.checkpoints import CheckpointError
 def folder(tmp_path_factory, fast_compilation):
   folder = tmp_path_factory.mktemp('labels')
   write_data(folder)
-  for name, table in (('dense', None), ('small', TableConfig('quantized_factors', rank=2))):
+  some = {
+    'dense': None,
+    'small': TableConfig('quantized_factors', rank=2),
+    'folded': TableConfig('factorized', rank=2),
+    'relu': TableConfig('factorized', rank=2, project_relu=True),
+  }
+  for name, table in some.items():
     text_loop.train(config(folder, table=table, epochs=3), folder / name)
   return folder
 
 
-@pytest.mark.parametrize('name', ['dense', 'small'])
+@pytest.mark.parametrize('name', ['dense', 'small', 'folded', 'relu'])
 def test_accuracy_is_what_training_has_reported(folder, name):
   lines = [json.loads(line) for line in (folder / 'own.jsonl').read_text().splitlines()]
   result = json.loads((folder / name / text_loop.RESULT).read_text())['accuracy']
@@ -51,6 +58,30 @@ def test_texts_without_a_known_word_and_none(folder):
   blank, other = labeller(['', 'zzz'])
   np.testing.assert_array_equal(blank, other)
   assert labeller([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize('name', ['dense', 'small', 'folded'])
+def test_vectors_are_the_rows_of_the_table(folder, name):
+  found = trained_vectors(folder / name, 3)
+  params = jax.tree.map(lambda x: x[1], checkpoints.load_params(folder / name))
+  assert 'apple' in found.words
+  assert 'saw' not in found.words  # has no vector
+  table = dict(zip(found.words, found.table))
+  if name == 'dense':
+    np.testing.assert_array_equal(found.table, params['params']['table']['embedding'][1:])
+  if name == 'folded':
+    own = params['params']['table']
+    np.testing.assert_allclose(found.table, own['embedding'][1:] @ own['projection'], rtol=1e-4)
+  assert np.linalg.matrix_rank(found.table, 1e-3) == (6 if name == 'dense' else 2)
+  path = folder / f'{name}.txt'
+  run = [f'--checkpoint={folder / name}', '--seed=3', f'--write_vectors={path}']
+  done = subprocess.run(
+    [sys.executable, '-m', 'gatedfm.classify', *run], cwd=tiny_run.ROOT, capture_output=True
+  )
+  assert done.returncode == 0, done.stderr
+  again = word_vectors.read(str(path))
+  assert list(again.words) == list(table)
+  np.testing.assert_allclose(again.table, found.table, rtol=1e-5, atol=1e-7)
 
 
 def test_what_cannot_be(folder, tmp_path):
