@@ -32,17 +32,74 @@ def label(point: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any]) -> str:
   """A row per point: what is left, perplexity, accuracies with their differences from dense."""
-  shots = summary['config']['shots']
-  kinds = [(kind, n) for n in shots for kind in ('plain', 'calibrated')]
-  kinds = [k for k in kinds if f'{k[0]}_{k[1]}' in summary['points'][DENSE]]
-  names = ['point', 'parameters', 'MACs of layers', 'perplexity']
-  names += [f'{kind}, {n} shots' for kind, n in kinds]
+  kinds = _kinds(summary)
+  names = ['point', 'parameters', 'MACs of layers', 'perplexity', *kinds.values()]
   rows = [names, ['---'] * len(names)]
   for name, point in summary['points'].items():
     kept = point.get('kept', {'parameters': 1.0, 'layer_macs': 1.0})
     row = [name, f'{kept["parameters"]:.2f}', f'{kept["layer_macs"]:.2f}']
     row.append(f'{point["perplexity"]:.1f}' if 'perplexity' in point else '')
-    rows.append(row + [_accuracy(point.get(f'{kind}_{n}')) for kind, n in kinds])
+    rows.append(row + [_accuracy(point.get(kind)) for kind in kinds])
+  return _markdown(rows)
+
+
+def affordable(
+  summary: Mapping[str, Any], lost: float = 0.01
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+  """Which share of the heads, or of the FFNs, goes at no more than so much accuracy.
+
+  Args:
+    summary: of `importance_sweep.run`.
+    lost: share of the questions, against the dense model.
+
+  Returns: by `heads` and `ffn`, by scorer and protocol, by kind of accuracy: `mean`, the largest
+    share up to which no share that was tried loses more; `surely`, the same of the lower ends of
+    the differences' intervals. 0 where the smallest that was tried loses more.
+  """
+  out: dict[str, dict[str, dict[str, dict[str, float]]]] = {'heads': {}, 'ffn': {}}
+  for site, by_label in out.items():
+    mine: dict[str, list] = {}
+    for point in list(summary['points'].values())[1:]:
+      if list(budget(point)) == [site]:
+        mine.setdefault(label(point), []).append((budget(point)[site], point))
+    for name, found in mine.items():
+      found.sort(key=lambda f: f[0])
+      for kind in _kinds(summary):
+        asked = [(share, p[kind]) for share, p in found if 'difference' in p.get(kind, ())]
+        ends = {
+          'mean': [(share, a['difference']) for share, a in asked],
+          'surely': [(share, a['difference_interval'][0]) for share, a in asked],
+        }
+        kept = {
+          end: [share for share, _ in itertools.takewhile(lambda v: v[1] >= -lost, values)]
+          for end, values in ends.items()
+        }
+        if asked:
+          by_label.setdefault(name, {})[kind] = {k: max(v, default=0.0) for k, v in kept.items()}
+  return out
+
+
+def affordable_table(summary: Mapping[str, Any], lost: float = 0.01) -> str:
+  """The same as rows of percent, in brackets what surely goes."""
+  kinds = _kinds(summary)
+  names = [f'goes at {100 * lost:g} point lost, %', *kinds.values()]
+  rows = [names, ['---'] * len(names)]
+  for site, by_label in affordable(summary, lost).items():
+    for name, found in by_label.items():
+      cells = (found.get(kind, {}) for kind in kinds)
+      said = [f'{100 * c["mean"]:.0f} ({100 * c["surely"]:.0f})' if c else '' for c in cells]
+      rows.append([f'{site}, {name}', *said])
+  return _markdown(rows)
+
+
+def _kinds(summary: Mapping[str, Any]) -> dict[str, str]:
+  """Which accuracies there are, and what they are called."""
+  shots = summary['config']['shots']
+  every = {f'{kind}_{n}': f'{kind}, {n} shots' for n in shots for kind in ('plain', 'calibrated')}
+  return {kind: said for kind, said in every.items() if kind in summary['points'][DENSE]}
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
   return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 

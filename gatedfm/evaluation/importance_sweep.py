@@ -110,7 +110,9 @@ def _run(
   atomic.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + '\n')
   for name, figure in importance_report.pictures(summary, scores.kept()).items():
     plots.save(figure, workdir / f'{name}.png')
-  say(f'{importance_report.table(summary)}\nsweep: done; see {workdir}')
+  table = f'{importance_report.table(summary)}\n\n{importance_report.affordable_table(summary)}'
+  atomic.write_text(workdir / 'table.md', table + '\n')
+  say(f'{table}\nsweep: done; see {workdir}')
   return summary
 
 

@@ -43,6 +43,43 @@ def test_the_table(summary):
   assert len(rows) == 2 + len(summary['points'])
 
 
+def test_what_goes_at_a_loss():
+  def lost(budget, difference, **options):
+    low = difference - 0.02
+    own = {'accuracy': {'mean': 0.5}, 'difference': difference, 'difference_interval': [low, 1]}
+    return point('taylor', budget, 1.0, **options) | {'plain_0': own}
+
+  dense = {'perplexity': 1.0, 'plain_0': accuracy(0.8)}
+  points = {
+    'dense': dense,
+    'h30': lost('heads:0.3', -0.05),
+    'h20': lost('heads:0.2', 0.0),
+    'h10': lost('heads:0.1', 0.02),
+    'h40': lost('heads:0.4', 0.0),  # as good by chance, behind one that is not
+    'f10': lost('ffn:0.1', -0.02),
+    'repaired': lost('ffn:0.1', -0.01, repair=True),
+    'both': lost('heads:0.5,ffn:0.1', 0.0),
+  }
+  summary = {'config': {'shots': [0]}, 'points': points}
+  found = importance_report.affordable(summary)
+  assert found == {
+    'heads': {'taylor': {'plain_0': {'mean': 0.2, 'surely': 0.1}}},
+    'ffn': {
+      'taylor': {'plain_0': {'mean': 0.0, 'surely': 0.0}},
+      'taylor, repaired': {'plain_0': {'mean': 0.1, 'surely': 0.0}},
+    },
+  }
+  assert importance_report.affordable_table(summary).splitlines() == [
+    '| goes at 1 point lost, % | plain, 0 shots |',
+    '| --- | --- |',
+    '| heads, taylor | 20 (10) |',
+    '| ffn, taylor | 0 (0) |',
+    '| ffn, taylor, repaired | 10 (0) |',
+  ]
+  wider = importance_report.affordable(summary, 0.05)
+  assert wider['heads']['taylor']['plain_0'] == {'mean': 0.4, 'surely': 0.2}
+
+
 def test_the_pictures(summary):
   rng = np.random.default_rng(0)
   scores = {

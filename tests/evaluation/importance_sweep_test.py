@@ -69,6 +69,7 @@ def test_answers_are_those_of_the_masked_model(cfg, result, checkpoint, own):
 def test_the_summary(cfg, result, own):
   workdir, summary = result
   assert json.loads((workdir / 'summary.json').read_text()) == json.loads(json.dumps(summary))
+  assert '| dense | 1.00 | 1.00 |' in (workdir / 'table.md').read_text()
   dense, point = summary['points']['dense'], summary['points']['heads50']
   assert point['closed'] == {'decoder/attention_heads': 4}
   assert 0.5 < point['kept']['layer_macs'] < 1
