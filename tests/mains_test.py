@@ -101,7 +101,11 @@ def test_required_flags(name):
       ('--to=a', '--export=plain', '--param_dtype=bfloat16', 'b'),
       'error: --param_dtype is not read by --export=plain',
     ),
-    ('classify', ('--checkpoint=a',), 'error: give texts, or a file of them as --texts'),
+    (
+      'classify',
+      ('--checkpoint=a',),
+      'error: give texts, a file of them as --texts, or --write_vectors',
+    ),
     ('report', ('--summary=a', 'out.html'), "unknown arguments ['out.html']"),
     ('data.europarl_st', ('--root=a', '--out=b', 'de'), "unknown arguments ['de']"),
     ('data.fleurs', ('--root=a', '--out=b', '--languages=fr_fr', 'de'), "unknown arguments ['de']"),

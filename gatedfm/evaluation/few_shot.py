@@ -236,14 +236,14 @@ class Evaluator:
     """
     drawn = questions.sample(task, split, number, shots, seed, shared)
     prompt = lambda question, shown: (task.prompt(question, shown), question.choices)
-    scores = self.log_likelihoods([prompt(q, shown) for q, shown in drawn], gates)
-    blank = None
+    asked, blanks = [prompt(q, shown) for q, shown in drawn], []
     if calibrate:
       if task.blank is None:
         raise DataError(f'{task.name} has no question without content: ask without calibration')
-      asked = [prompt(task.blank, shown) for _, shown in drawn]
-      each = list(dict.fromkeys(asked))
-      blank = self.log_likelihoods(each, gates)[[each.index(a) for a in asked]]
+      blanks = [prompt(task.blank, shown) for _, shown in drawn]
+    each = list(dict.fromkeys(blanks))
+    scores, blank = np.split(self.log_likelihoods([*asked, *each], gates), [len(asked)])
+    blank = blank[[each.index(b) for b in blanks]] if blanks else None
     answers = np.array([question.answer for question, _ in drawn])
     return Answered(task.name, split, shots, seed, scores, answers, blank)
 

@@ -43,6 +43,7 @@ class ImportanceConfig:
     aggregation: of their scores, see `scorers.aggregate`.
     text: set whose questions' texts give the perplexity; text_tokens: how much of it.
     room: tokens at a time.
+    dtype: `float32` or `bfloat16`, that is computed in; repair's fits are in float32.
     points: by name.
   """
 
@@ -58,6 +59,7 @@ class ImportanceConfig:
   text: str = 'agnews'
   text_tokens: int = 4096
   room: int = 512
+  dtype: str = 'float32'
   points: dict[str, PrunedConfig] = dataclasses.field(default_factory=dict)
 
   def validate(self) -> None:
@@ -80,6 +82,7 @@ class ImportanceConfig:
         raise ConfigError(f'points.{name}.steps is {point.steps}; it must be at least 1')
     choice('split', self.split, SPLITS)
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
+    choice('dtype', self.dtype, ('float32', 'bfloat16'))
     if min(*self.shots, *self.seeds) < 0:
       raise ConfigError('shots and seeds must not be negative')
     if len({Path(task).stem for task in self.tasks}) < len(self.tasks):

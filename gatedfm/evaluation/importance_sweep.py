@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -67,8 +68,9 @@ def _run(
   cfg: ImportanceConfig, workdir: Path, model: LmCheckpoint | None, tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
   model, sweep_start = model or _fetched(workdir / 'model'), time.perf_counter()
-  scores = _Scores(cfg, model, workdir / 'scores')
-  evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=cfg.room)
+  computed = dataclasses.replace(model.cfg, dtype=cfg.dtype, activation_dtype=cfg.dtype)
+  scores = _Scores(cfg, dataclasses.replace(model, cfg=computed), workdir / 'scores')
+  evaluator = Evaluator(computed, model.params, model.tokenizer, room=cfg.room)
   rows = json_lines.read(workdir / ANSWERS)
   # Without what a kill has torn, behind which the next line would be lost.
   atomic.write_text(workdir / ANSWERS, ''.join(json.dumps(row) + '\n' for row in rows))
@@ -205,17 +207,16 @@ class _Scores:
     return scorers.aggregate(each, self._cfg.aggregation)
 
   def of(self, scorer: str, task: str, shots: int, closed: Gates | None = None) -> Scores:
-    """Of one task."""
+    """Of one task; points whose first steps close the same share what is scored behind them."""
     needs = scorers.get(scorer).needs
     removed = (site.split('/')[-1] for site in self._removed(needs))
     parts = (Path(task).stem, str(shots), *needs, *removed)
-    path = self._folder / f'{"_".join(parts)}.npz'
-    if closed is not None or not path.exists():
+    folder = self._folder if closed is None else self._folder / 'rescored' / _digest(closed)
+    path = folder / f'{"_".join(parts)}.npz'
+    if not path.exists():
       stats = self._collect(task, shots, needs, closed)
       known = [n for n, s in scorers.SCORERS.items() if s.needs == needs]
       found = {n: self._score(n, stats) for n in known}
-      if closed is not None:
-        return found[scorer]
       flat = {f'{n}:{site}': v for n, scores in found.items() for site, v in scores.items()}
       score_files.save(path, flat)
     flat = score_files.load(path)
@@ -253,6 +254,11 @@ class _Scores:
     mine = [p for p in self._cfg.points.values() if scorers.get(p.scorer).needs == needs]
     asked = {site for p in mine for site in allocation.parse_budget(p.budget)}
     return sorted(asked & {ATTENTION, FFN, LAYER})
+
+
+def _digest(gates: Gates) -> str:
+  parts = (name.encode() + np.asarray(g, np.float32).tobytes() for name, g in gates.values.items())
+  return hashlib.sha256(b''.join(parts)).hexdigest()[:16]
 
 
 def _gates(

@@ -257,7 +257,8 @@ def _open(rows: np.ndarray, share: float, how: Allocation, floor: int, name: str
   n, u = rows.shape
   if floor > u:
     raise ConfigError(f'{name} has {u} units; {floor} cannot stay open')
-  if n * u - int(share * n * u) < floor * n:
+  number = int(share * n * u + 1e-9)  # 0.29 of 100 are 29, whatever their product rounds to
+  if n * u - number < floor * n:
     raise ConfigError(f'{name}: {share:.0%} closed leave fewer than {floor} units in each layer')
   # Of equal scores the first stay, so that results repeat.
   rank = np.empty((n, u), int)
@@ -267,7 +268,7 @@ def _open(rows: np.ndarray, share: float, how: Allocation, floor: int, name: str
   spared = np.where(rank < floor, np.inf, rows)
   order = np.argsort(spared, axis=None, kind='stable')
   open_NxU = np.ones(n * u, bool)
-  open_NxU[order[: int(share * n * u)]] = False
+  open_NxU[order[:number]] = False
   open_NxU = open_NxU.reshape(n, u)
   if how.shape == 'ragged':
     return open_NxU

@@ -24,6 +24,7 @@ POINTS = {
   'random': PrunedConfig('random', 'heads:0.5'),
   'ffn50': PrunedConfig('oracle', 'ffn:0.5'),
   'steps': PrunedConfig('taylor', 'heads:0.5', 2),
+  'on': PrunedConfig('taylor', 'heads:0.75', 3),
   'fitted': PrunedConfig('taylor', 'heads:0.5', repair=True),
 }
 
@@ -45,7 +46,7 @@ def result(cfg, tmp_path_factory, fast_compilation):
 def test_every_point_is_asked_once(cfg, result):
   workdir, _ = result
   rows = json_lines.read(workdir / 'answers.jsonl')
-  assert len(rows) == 6 * (1 + 2 * 2)
+  assert len(rows) == 7 * (1 + 2 * 2)
   assert len({importance_sweep._key(row) for row in rows}) == len(rows)
   assert all(len(row['plain']) == 5 for row in rows if row['what'] != 'perplexity')
 
@@ -64,6 +65,21 @@ def test_answers_are_those_of_the_masked_model(cfg, result, checkpoint, own):
   want = evaluator.ask(task, 'test', 5, 2, 1, gates, shared=True).correct
   rows = {importance_sweep._key(row): row for row in json_lines.read(workdir / 'answers.jsonl')}
   assert rows['heads50', own[1], 2, 1]['plain'] == ''.join('01'[int(c)] for c in want)
+
+
+def test_steps_that_close_the_same_are_scored_once(result):
+  rescored = list((result[0] / 'scores' / 'rescored').glob('*/*.npz'))
+  assert len(rescored) == 2 * 2  # a quarter closed, of both points, and half; two numbers of shots
+
+
+def test_other_products(cfg, result, tmp_path):
+  few = dataclasses.replace(cfg, shots=(0,), seeds=(0,), points={'random': POINTS['random']})
+  other = importance_sweep.run(dataclasses.replace(few, dtype='bfloat16'), tmp_path)
+  for name in ('dense', 'random'):
+    value, same = (s['points'][name]['perplexity'] for s in (other, result[1]))
+    assert value != same
+    assert value == pytest.approx(same, rel=0.05)
+  assert other['config']['dtype'] == 'bfloat16'
 
 
 def test_the_summary(cfg, result, own):

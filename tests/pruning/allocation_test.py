@@ -50,13 +50,14 @@ def test_other_budgets_are_not(text, message):
 @given(st.integers(0, 99), st.floats(0, 1), st.integers(0, 3))
 def test_the_lowest_go_and_the_floor_holds(seed, share, floor):
   score = draw(seed, 3, 6)
-  if 18 - int(share * 18) < 3 * floor:
+  number = int(share * 18 + 1e-9)
+  if 18 - number < 3 * floor:
     return
   gates = allocate({HEADS: score}, {HEADS: share}, CFG, Allocation(floor=floor))[HEADS]
   assert gates.shape == (3, 6)
-  assert (gates == 0).sum() == int(share * 18)
+  assert (gates == 0).sum() == number
   assert (gates.sum(1) >= floor).all()
-  if floor == 0 and 0 < int(share * 18) < 18:
+  if floor == 0 and 0 < number < 18:
     assert score[gates == 0].max() < score[gates == 1].min()
   for row, kept in zip(score, gates):  # in each layer the highest stay
     assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[: int(kept.sum())])
@@ -79,6 +80,13 @@ def test_shapes(seed, share):
   for gates in (uniform, bucketed[CHANNELS]):
     for row, kept in zip(score, gates):
       assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[: int(kept.sum())])
+
+
+def test_shares_are_numbers_of_units():
+  gates = allocate(
+    {CHANNELS: draw(0, 10, 10)}, {CHANNELS: 0.29}, dataclasses.replace(CFG, layers=10)
+  )
+  assert (gates[CHANNELS] == 0).sum() == 29  # 0.29 * 100 is a little less
 
 
 def test_groups_close_together():
