@@ -29,7 +29,7 @@ def run(main: Callable[[list[str]], None]) -> None:
       rest = flags.FLAGS(argv)
     except SystemExit as e:  # absl ends --help, which it answers here, with 1
       raise SystemExit(e.code if _place(e) else 0) from None
-    except (KeyError, AttributeError, OSError, flags.Error) as e:
+    except (KeyError, AttributeError, ValueError, OSError, flags.Error) as e:
       if os.environ.get('GATEDFM_TRACEBACK'):
         raise
       raise SystemExit(f'error: {_explain(e)}') from None
@@ -72,6 +72,12 @@ def _explain(error: Exception) -> str:
     return f'{missing[1]} is not given (--help shows an example)'
   if isinstance(error, flags.Error):
     return f'{message} (--help shows all flags)'
+  if unread := re.match(r"Could not parse '(.+)': ", message):
+    return (
+      f"--config.{unread[1]}: names with a dot stand in brackets: --config.points['a_0.5'].seed"
+    )
+  if isinstance(error, ValueError):
+    return f'--config: {message}'
   return f'--config: there is no {message!r}'
 
 

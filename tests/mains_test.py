@@ -125,6 +125,42 @@ def test_required_flags(name):
     ),
     (
       'sweep',
+      (
+        '--config=configs/importance_pruning/quickstart.py',
+        '--workdir=a',
+        '--config.dtype=float8',
+      ),
+      "error: dtype is 'float8'",
+    ),
+    (
+      'sweep',
+      (
+        '--config=configs/factorized_embedding/quickstart.py',
+        '--workdir=a',
+        '--config.points.trec_dan_calr_90.train.epochs=-1',
+      ),
+      'error: trec_dan_calr_90: epochs is not negative',
+    ),
+    (
+      'sweep',
+      (
+        '--config=configs/gated_speech/full.py',
+        '--workdir=a',
+        '--config.points.encoder_0.5.steps=1',
+      ),
+      'error: --config.points.encoder_0.5.steps: names with a dot stand in brackets',
+    ),
+    (
+      'sweep',
+      (
+        '--config=configs/gated_speech/full.py',
+        '--workdir=a',
+        "--config.points['encoder_0.5'].steps=-1",
+      ),
+      'error: steps is -1',
+    ),
+    (
+      'sweep',
       (f'--config={CONFIGS}/quickstart.py', '--workdir=a', '--only=foo'),
       "error: only is 'foo'",
     ),

@@ -52,10 +52,10 @@ def _points(name: str, kind: str) -> dict[str, TablePoint]:
     for init, label in INITS.items():
       cfg = on(TableConfig('factorized', c, init=init, project_relu=kind == 'dan'))
       cfg.fresh_lstm = kind == 'lstm'
-      out[f'{name}_{kind}_{init}_{c}'] = TablePoint(label, cfg, c, first)
+      out[f'{name}_{kind}_{init}_{100 * c:g}'] = TablePoint(label, cfg, c, first)
     cfg = copy.deepcopy(dense)
     cfg.data.offline, cfg.data.offline_compression = 'u', c
-    out[f'{name}_{kind}_offline_{c}'] = TablePoint('offline, U', cfg, c, first)
+    out[f'{name}_{kind}_offline_{100 * c:g}'] = TablePoint('offline, U', cfg, c, first)
   return out
 
 

@@ -77,6 +77,7 @@ def points(
   """
   texts, kind = dense.data.texts, dense.classifier.kind
   name = lambda *parts: '_'.join([Path(texts).stem, kind, *map(str, parts)])
+  named = lambda method, c: name(method, f'{100 * c:g}') if c else name(method)
   first, baseline = name('dense'), name('longer')
 
   def on(parent: str, table: TableConfig, schedule: str = 'calr', epochs: int | None = None):
@@ -94,7 +95,7 @@ def points(
 
   def add(method: str, label: str, cfg: TextTrainConfig, c: float = 0.0) -> None:
     if methods is None or method in methods:
-      out[name(method, c) if c else name(method)] = TablePoint(label, cfg, c, baseline)
+      out[named(method, c)] = TablePoint(label, cfg, c, baseline)
 
   for bits in (16, 8, 4):
     add(f'int{bits}', f'int{bits}', on(baseline, TableConfig('quantized', bits=bits), epochs=0))
@@ -108,7 +109,7 @@ def points(
       label = f'SVD, {method}' if {'split', 'init'} & set(table) and method != 'random' else method
       add(method, f'{label}, calr', cfg, c)
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
-    codes = on(name('calr', c), TableConfig('quantized_factors'), epochs=0)
+    codes = on(named('calr', c), TableConfig('quantized_factors'), epochs=0)
     add('int8factors', 'SVD, calr, int8', codes, c)
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)

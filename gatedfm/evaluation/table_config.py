@@ -1,7 +1,5 @@
 """What a sweep over embedding tables of text classifiers compares."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
