@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
   with mains.clear_errors():
     if _WRITE.value:
       path = mains.folder(_WRITE.value)
+      word_vectors.check(path)
       found = trained_vectors(mains.folder(_CHECKPOINT.value), _SEED.value)
       word_vectors.write(path, found)
       print(f'{path}: {len(found.words)} words of {found.table.shape[1]} numbers')

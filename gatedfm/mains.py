@@ -72,12 +72,12 @@ def _explain(error: Exception) -> str:
     return f'{missing[1]} is not given (--help shows an example)'
   if isinstance(error, flags.Error):
     return f'{message} (--help shows all flags)'
-  if unread := re.match(r"Could not parse '(.+)': ", message):
+  if isinstance(error, ValueError):  # ml_collections reads the names of flags as Python
+    named = re.match(r"Could not parse '(.+)': ", message)
     return (
-      f"--config.{unread[1]}: names with a dot stand in brackets: --config.points['a_0.5'].seed"
+      f'--config{f".{named[1]}" if named else ""}: a name that is not a plain word stands in '
+      'brackets and quotes: "--config.points[\'a-0.5\'].seed=1"'
     )
-  if isinstance(error, ValueError):
-    return f'--config: {message}'
   return f'--config: there is no {message!r}'
 
 

@@ -1,13 +1,14 @@
 """Every configuration file gives something that can be run."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
 import pytest
 
-from gatedfm.evaluation.importance_config import ImportanceConfig
+from gatedfm.evaluation.importance_config import ImportanceConfig, PrunedConfig
 from gatedfm.evaluation.sweep import SweepConfig
-from gatedfm.evaluation.table_config import TableSweepConfig
+from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import TrainConfig
 from gatedfm.trainers.text_config import TextTrainConfig
@@ -28,6 +29,32 @@ def check(cfg):
   assert isinstance(cfg, TrainConfig | TextTrainConfig)
   cfg.validate()
   assert config_lib.from_dict(type(cfg), config_lib.to_dict(cfg)) == cfg
+
+
+def fields(value, path=''):
+  for field in dataclasses.fields(value):
+    inner = getattr(value, field.name)
+    yield f'{path}{type(value).__name__}.{field.name}', field.type
+    if dataclasses.is_dataclass(inner):
+      yield from fields(inner, path)
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    TrainConfig,
+    TextTrainConfig,
+    SweepConfig,
+    ImportanceConfig,
+    PrunedConfig,
+    TableSweepConfig,
+    TablePoint,
+  ],
+)
+def test_fields_can_be_flags(kind):
+  """ml_collections parses by the types themselves, not by their names."""
+  cfg = kind('', TextTrainConfig()) if kind is TablePoint else kind()
+  assert [name for name, own in fields(cfg) if isinstance(own, str)] == []
 
 
 def test_there_are_configurations():

@@ -148,7 +148,7 @@ def test_required_flags(name):
         '--workdir=a',
         '--config.points.encoder_0.5.steps=1',
       ),
-      'error: --config.points.encoder_0.5.steps: names with a dot stand in brackets',
+      'error: --config.points.encoder_0.5.steps: a name that is not a plain word stands in',
     ),
     (
       'sweep',
@@ -158,6 +158,15 @@ def test_required_flags(name):
         "--config.points['encoder_0.5'].steps=-1",
       ),
       'error: steps is -1',
+    ),
+    (
+      'sweep',
+      (
+        '--config=configs/gated_speech/full.py',
+        '--workdir=a',
+        '--config.points.gated-a.steps=1',
+      ),
+      'error: --config: a name that is not a plain word stands in',
     ),
     (
       'sweep',

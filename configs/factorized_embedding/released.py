@@ -2,8 +2,10 @@
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/released.py --workdir=runs/released
 
-Beside its factors: right ones, random ones, and the dense table trained on as long. Only which
-epoch is kept is not as released: validation says it, test is looked at once.
+Beside its factors: right ones, random ones, and the dense table trained on as long. Not as
+released: which epoch is kept (validation says it, what a training starts from counts, too; test is
+looked at once), an order of the texts that is new in each epoch, a last batch that is filled up,
+and words without a vector that go before a text is cut to 40 words.
 """
 
 import copy
@@ -63,4 +65,4 @@ def _rates(cfg: TextTrainConfig, lowest: float) -> None:
   """CALR as released, whose maximum falls with every epoch."""
   cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'released_calr', 1000
   cfg.optimizer.decay_every, cfg.optimizer.final_fraction = 1 / cfg.epochs, lowest
-  cfg.optimizer.peak_lr, cfg.optimizer.eps = 1e-3, 1e-2
+  cfg.optimizer.name, cfg.optimizer.peak_lr, cfg.optimizer.eps = 'tf1_adam', 1e-3, 1e-2

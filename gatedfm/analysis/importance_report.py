@@ -26,7 +26,9 @@ def budget(point: Mapping[str, Any]) -> dict[str, float]:
 def label(point: Mapping[str, Any]) -> str:
   """Scorer and protocol."""
   out = point['scorer']
-  out += f', {point["steps"]} steps' if point['steps'] > 1 else ''
+  if point['steps'] > 1:
+    each = next(iter(budget(point).values())) / point['steps']
+    out += f', scored every {100 * each:.0f}%'
   return out + (', repaired' if point['repair'] else '')
 
 
@@ -54,7 +56,7 @@ def affordable(
 
   Returns: by `heads` and `ffn`, by scorer and protocol, by kind of accuracy: `mean`, the largest
     share up to which no share that was tried loses more; `surely`, the same of the lower ends of
-    the differences' intervals. 0 where the smallest that was tried loses more.
+    the differences' intervals; 0 where the smallest that was tried, `least`, loses more.
   """
   out: dict[str, dict[str, dict[str, dict[str, float]]]] = {'heads': {}, 'ffn': {}}
   for site, by_label in out.items():
@@ -71,23 +73,25 @@ def affordable(
           'surely': [(share, a['difference_interval'][0]) for share, a in asked],
         }
         kept = {
-          end: [share for share, _ in itertools.takewhile(lambda v: v[1] >= -lost, values)]
+          end: [share for share, _ in itertools.takewhile(lambda v: v[1] >= -lost - 1e-9, values)]
           for end, values in ends.items()
         }
         if asked:
-          by_label.setdefault(name, {})[kind] = {k: max(v, default=0.0) for k, v in kept.items()}
+          most = {end: max(shares, default=0.0) for end, shares in kept.items()}
+          by_label.setdefault(name, {})[kind] = most | {'least': asked[0][0]}
   return out
 
 
 def affordable_table(summary: Mapping[str, Any], lost: float = 0.01) -> str:
-  """The same as rows of percent, in brackets what surely goes."""
+  """The same as rows of percent, in brackets what surely goes; `<` where no less was tried."""
   kinds = _kinds(summary)
   names = [f'goes at {100 * lost:g} point lost, %', *kinds.values()]
   rows = [names, ['---'] * len(names)]
   for site, by_label in affordable(summary, lost).items():
     for name, found in by_label.items():
       cells = (found.get(kind, {}) for kind in kinds)
-      said = [f'{100 * c["mean"]:.0f} ({100 * c["surely"]:.0f})' if c else '' for c in cells]
+      say = lambda c, end: f'{100 * c[end]:.0f}' if c[end] else f'<{100 * c["least"]:.0f}'
+      said = [f'{say(c, "mean")} ({say(c, "surely")})' if c else '' for c in cells]
       rows.append([f'{site}, {name}', *said])
   return _markdown(rows)
 

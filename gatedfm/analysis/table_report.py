@@ -90,19 +90,18 @@ def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
 
 @styled
 def schedules(
-  curves: Mapping[str, Callable[[np.ndarray], Any]], steps: int, mark: int = 0
+  curves: Mapping[str, tuple[Callable[[np.ndarray], Any], int]], mark: int = 0
 ) -> figures.Figure:
   """Learning rates by step.
 
   Args:
-    curves: schedules by name.
-    steps: how many are drawn.
+    curves: schedules by name, and for how many steps each is drawn.
     mark: a line every so many steps, such as an epoch; 0 draws none.
   """
   figure = figures.Figure(figsize=(7.2, 1.2 + 1.4 * len(curves)), layout='constrained')
   panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-  at = np.arange(steps)
-  for axes, color, (name, schedule) in zip(panels, COLORS, curves.items()):
+  for i, (axes, (name, (schedule, steps))) in enumerate(zip(panels, curves.items())):
+    at, color = np.arange(steps), COLORS[i % len(COLORS)]
     axes.plot(at, np.asarray([schedule(at)]).reshape(-1), color=color)
     for x in range(mark, steps, mark) if mark else ():
       axes.axvline(x, color=INK, linewidth=0.5, alpha=0.4)

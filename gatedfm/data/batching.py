@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from gatedfm.data.data_config import DataConfig
 from gatedfm.data.examples import Examples
 
 _MULTIPLE = 8  # of frames, tokens and labels in a shape
+CHUNK = 512  # texts to be labelled at a time
 _USUAL = 95  # percentile of the texts of a bucket that its shape has room for
 
 
@@ -221,3 +222,29 @@ def in_order(examples: Examples, shapes: Sequence[Shape]) -> list[tuple[int, np.
     members = members[np.argsort(examples.frames[members], kind='stable')]
     batches += [(b, members[i : i + shape.batch]) for i in range(0, len(members), shape.batch)]
   return batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """Numbers of some texts; the same, repeated to a size of few; columns that they take."""
+
+  rows: np.ndarray
+  filled: np.ndarray
+  length: int
+
+
+def chunks(lengths: np.ndarray, width: int, padded: bool, least: int = 1) -> Iterator[Chunk]:
+  """All texts, short ones together, in few shapes, and so few programs.
+
+  Args:
+    lengths: of texts `[N]`.
+    width: of their rows.
+    padded: whether all are read in full width.
+    least: texts of a chunk, repeated where there are fewer; a power of two.
+  """
+  order = np.argsort(lengths, kind='stable')
+  for i in range(0, len(order), CHUNK):
+    rows = order[i : i + CHUNK]
+    size = min(CHUNK, max(1 << (len(rows) - 1).bit_length(), least))
+    most = -(-max(int(lengths[rows].max()), 1) // 8) * 8
+    yield Chunk(rows, np.resize(rows, size), width if padded else min(most, width))

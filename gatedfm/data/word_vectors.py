@@ -112,8 +112,21 @@ def read(name: str, data_dir: Path | None = None) -> WordVectors:
   return _from_text(path)
 
 
+def check(path: Path) -> None:
+  """Tells before long work whether vectors can be written there, to be read again.
+
+  Raises:
+    DataError: neither .txt nor .vec.
+    OSError: it cannot be written.
+  """
+  if path.suffix not in ('.txt', '.vec'):
+    raise DataError(f'{path} would not be read as word vectors: name it .txt or .vec')
+  atomic.check(path)
+
+
 def write(path: Path, vectors: WordVectors) -> None:
   """Vectors as text, a word and its numbers in each line, as GloVe is published."""
+  check(path)
   with atomic.replacing(path) as target, target.open('w', encoding='utf-8') as file:
     for word, row in zip(vectors.words, vectors.table):
       file.write(f'{word} {" ".join(f"{x:.6g}" for x in row)}\n')

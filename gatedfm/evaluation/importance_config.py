@@ -1,5 +1,6 @@
 """What a sweep over pruned language models compares."""
 
+# No postponed annotations here: flags are parsed by the fields' types.
 import dataclasses
 from pathlib import Path
 
@@ -41,7 +42,8 @@ class ImportanceConfig:
     aggregation: of their scores, see `scorers.aggregate`.
     text: set whose questions' texts give the perplexity; text_tokens: how much of it.
     room: tokens at a time.
-    dtype: `float32` or `bfloat16`, that is computed in; repair's fits are in float32.
+    dtype: `float32` or `bfloat16`, that is computed in; '' is the model's own. Repair's fits are
+      in float32.
     points: by name.
   """
 
@@ -57,7 +59,7 @@ class ImportanceConfig:
   text: str = 'agnews'
   text_tokens: int = 4096
   room: int = 512
-  dtype: str = 'float32'
+  dtype: str = ''
   points: dict[str, PrunedConfig] = dataclasses.field(default_factory=dict)
 
   def validate(self) -> None:
@@ -80,7 +82,7 @@ class ImportanceConfig:
         raise ConfigError(f'points.{name}.steps is {point.steps}; it must be at least 1')
     choice('split', self.split, SPLITS)
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
-    choice('dtype', self.dtype, ('float32', 'bfloat16'))
+    choice('dtype', self.dtype, ('', 'float32', 'bfloat16'))
     if min(*self.shots, *self.seeds) < 0:
       raise ConfigError('shots and seeds must not be negative')
     if len({Path(task).stem for task in self.tasks}) < len(self.tasks):

@@ -68,9 +68,10 @@ def _run(
   cfg: ImportanceConfig, workdir: Path, model: LmCheckpoint | None, tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
   model, sweep_start = model or _fetched(workdir / 'model'), time.perf_counter()
-  computed = dataclasses.replace(model.cfg, dtype=cfg.dtype, activation_dtype=cfg.dtype)
-  scores = _Scores(cfg, dataclasses.replace(model, cfg=computed), workdir / 'scores')
-  evaluator = Evaluator(computed, model.params, model.tokenizer, room=cfg.room)
+  if cfg.dtype:
+    model = _computing(model, cfg.dtype)
+  scores = _Scores(cfg, model, workdir / 'scores')
+  evaluator = Evaluator(model.cfg, model.params, model.tokenizer, room=cfg.room)
   rows = json_lines.read(workdir / ANSWERS)
   # Without what a kill has torn, behind which the next line would be lost.
   atomic.write_text(workdir / ANSWERS, ''.join(json.dumps(row) + '\n' for row in rows))
@@ -126,7 +127,9 @@ def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
     workdirs.refuse_used(workdir)
     atomic.write_text(path, json.dumps(own, indent=1) + '\n')
     return
-  old = json.loads(path.read_text())
+  # One that is older than a field had its default.
+  default = json.loads(json.dumps(config_lib.to_dict(ImportanceConfig())))
+  old = default | json.loads(path.read_text())
   # Points may come and go: each has its own lines, which stay its own.
   points = old['points'] | own['points']
   old['points'] = {name: old['points'].get(name, own['points'][name]) for name in own['points']}
@@ -142,6 +145,11 @@ def _whole(folder: Path) -> LmCheckpoint:
   if model.tokenizer is None:
     raise DataError(f'{folder} has no tokenizer beside it: import it again, with its own')
   return model
+
+
+def _computing(model: LmCheckpoint, dtype: str) -> LmCheckpoint:
+  cfg = dataclasses.replace(model.cfg, dtype=dtype, activation_dtype=dtype)
+  return dataclasses.replace(model, cfg=cfg)
 
 
 def _fetched(folder: Path) -> LmCheckpoint:
@@ -199,7 +207,7 @@ class _Scores:
     self._cfg, self._model, self._folder = cfg, model, folder
 
   def aggregated(self, scorer: str, closed: Gates | None = None) -> Scores:
-    """Of all tasks and numbers of shots; of what is pruned already nothing is kept."""
+    """Of all tasks and numbers of shots."""
     each = [
       self.of(scorer, task, shots, closed)
       for task, shots in itertools.product(self._cfg.tasks, self._cfg.shots)
@@ -223,7 +231,7 @@ class _Scores:
     return {k.split(':')[1]: v for k, v in flat.items() if k.startswith(f'{scorer}:')}
 
   def kept(self) -> dict[tuple[str, int], Scores]:
-    """What is on disk, by task and number of shots, then by scorer and site."""
+    """The dense model's, on disk, by task and number of shots, then by scorer and site."""
     out: dict[tuple[str, int], Scores] = {}
     for task, shots in itertools.product(self._cfg.tasks, self._cfg.shots):
       name = f'{Path(task).stem}_{shots}'
@@ -290,7 +298,8 @@ def _repaired(
   if not (folder / checkpoints.CONFIG).exists():
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left unfinished
     how = Pruning('taylor', '', cfg.tasks, cfg.examples, seed=cfg.seeds[0])
-    params = pruning_runs.fitted(model, closed, how, lambda line: say(f'{name}: {line}'))
+    dense = _computing(model, 'float32')
+    params = pruning_runs.fitted(dense, closed, how, lambda line: say(f'{name}: {line}'))
     lm_workdir.save(folder, dataclasses.replace(model, params=params))
   return lm_workdir.load(folder).params
 

@@ -1,5 +1,6 @@
 """What a sweep over embedding tables of text classifiers compares."""
 
+# No postponed annotations here: flags are parsed by the fields' types.
 import dataclasses
 from pathlib import Path
 

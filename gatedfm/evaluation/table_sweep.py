@@ -127,14 +127,17 @@ def _schedules(cfg: TableSweepConfig, corpora: Mapping[str, TextCorpus]) -> Any:
   corpus = next(iter(corpora.values()))
   split = corpus.splits['train']
   each = len(text_corpus.Batches(split, first.data.batch, first.data.buckets, (0,)))
-  curves = {}
+  curves, seen = {}, set()
   for point in cfg.points.values():
-    train = point.train
-    same = train.data.texts == first.data.texts and train.epochs
-    if same and train.optimizer.schedule not in curves:
-      rate = optimizer.learning_rate(train.optimizer, train.optimizer.peak_lr, train.epochs * each)
-      curves[train.optimizer.schedule] = jax.vmap(rate)
-  return table_report.schedules(curves, max(first.epochs, 1) * each, each)
+    train, how = point.train, point.train.optimizer
+    key = how.schedule, how.half_cycle, how.decay, how.decay_every, how.final_fraction, train.epochs
+    if train.data.texts != first.data.texts or not train.epochs or key in seen:
+      continue
+    seen.add(key)
+    name = f'{how.schedule}, {point.method}' if how.schedule in curves else how.schedule
+    rate = optimizer.learning_rate(how, how.peak_lr, train.epochs * each)
+    curves[name] = jax.vmap(rate), train.epochs * each
+  return table_report.schedules(curves, each)
 
 
 def summarize(

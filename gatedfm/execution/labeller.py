@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gatedfm.data import texts as texts_lib
+from gatedfm.data.batching import chunks
 from gatedfm.data.texts import Vocabulary
 from gatedfm.data.word_vectors import WordVectors
 from gatedfm.models import tables, text_classifier
@@ -19,7 +20,6 @@ from gatedfm.models.text_classifier import TextClassifier
 from gatedfm.trainers import checkpoints, text_loop
 from gatedfm.trainers.checkpoints import CheckpointError
 from gatedfm.trainers.text_config import TextTrainConfig
-from gatedfm.trainers.text_corpus import chunks
 from gatedfm.trainers.text_step import Variables
 
 

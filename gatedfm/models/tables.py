@@ -55,7 +55,7 @@ class TableConfig:
     init: how factors are made of a trained table: `svd`; `weighted_svd` by the words' frequencies;
       `released_svd`, whose second factor is wrong as in the published code; `random`.
     split: where the singular values go, `reference` or `balanced`; see `svd.factorize`.
-    project_relu: a ReLU behind the second factor, as in the published code of DAN.
+    project_relu: of DAN, a ReLU behind the average of its words, as in the published code.
   """
 
   kind: str = 'dense'

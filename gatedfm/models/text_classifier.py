@@ -34,7 +34,7 @@ class TextConfig:
     dropout: of the LSTM's outputs.
     table: what stands for the embedding table.
     reference_compat: as released: averages over padding too, one class more than there are, dropout
-      also when evaluating, wide initial weights.
+      also when evaluating, wide initial weights of all but the LSTM's own.
   """
 
   kind: str = 'lstm'
@@ -58,6 +58,8 @@ class TextConfig:
     if min(self.vocab_size, self.features, self.classes) < 0:
       raise ConfigError('model.vocab_size, features and classes are not negative; 0: of the data')
     self.table.validate()
+    if self.table.project_relu and self.kind != 'dan':
+      raise ConfigError('model.table.project_relu is of a dan, as in the published code')
 
   @property
   def outputs(self) -> int:
@@ -73,16 +75,14 @@ class Lstm(nn.Module):
   Attributes:
     units: H.
     peepholes: whether input and forget gate see the last cell, the output gate the new one.
-    init: of the kernels.
   """
 
   units: int
   peepholes: bool
-  init: Any
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-    h, init = self.units, self.init
+    h, init = self.units, nn.initializers.glorot_uniform()
     kernel = self.param('kernel', init, (x_BxLxD.shape[-1], 4 * h))
     recurrent = self.param('recurrent_kernel', init, (h, 4 * h))
     bias = self.param('bias', nn.initializers.zeros, (4 * h,))
@@ -121,11 +121,9 @@ class TextClassifier(nn.Module):
     """
     cfg = self.cfg
     compat = cfg.reference_compat
-    wide = nn.initializers.normal(0.5)
+    zeros, wide = nn.initializers.zeros, nn.initializers.normal(0.5)
     init = wide if compat else nn.initializers.glorot_uniform()
     x_BxLxD = tables.make(cfg.table, cfg.vocab_size, cfg.features, name='table')(ids_BxL)
-    if cfg.table.project_relu:
-      x_BxLxD = nn.relu(x_BxLxD)
     mask_BxL = jnp.arange(ids_BxL.shape[1]) < lengths_B[:, None]
 
     def average(x_BxLxK: jax.Array) -> jax.Array:
@@ -135,13 +133,15 @@ class TextClassifier(nn.Module):
       return total / jnp.maximum(lengths_B, 1)[:, None]
 
     if cfg.kind == 'lstm':
-      x_BxLxH = Lstm(cfg.units, cfg.peepholes, init, name='lstm')(x_BxLxD)
+      x_BxLxH = Lstm(cfg.units, cfg.peepholes, name='lstm')(x_BxLxD)
       x_BxLxH = nn.Dropout(cfg.dropout)(x_BxLxH, deterministic and not compat)
       x = average(x_BxLxH)
-      bias = nn.initializers.zeros
+      bias = wide if compat else zeros
     else:
-      bias = nn.initializers.normal(1.0) if compat else nn.initializers.zeros
+      bias = nn.initializers.normal(1.0) if compat else zeros
       x = average(x_BxLxD)
+      if cfg.table.project_relu:
+        x = nn.relu(x)
       for i, width in enumerate(cfg.hidden):
         x = nn.relu(nn.Dense(width, kernel_init=init, bias_init=bias, name=f'hidden_{i}')(x))
     return nn.Dense(cfg.outputs, kernel_init=init, bias_init=bias, name='out')(x)

@@ -22,7 +22,7 @@ class OptimizerConfig:
 
   Attributes:
     name: `muon` (orthogonalised momentum for matrices, Adam for the rest; Jordan et al. 2024)
-      or `adamw`.
+      `adamw`, or `tf1_adam`, whose eps is that of TensorFlow 1.
     peak_lr, warmup, schedule: learning rate, its linear warm-up in steps, then `cosine` to
       `final_fraction` of the peak, `rsqrt` (Noam) or `constant`. Without a warm-up go up and down
       between the peak and `final_fraction` of it: `calr`, whose maximum falls and comes back,
@@ -51,7 +51,9 @@ class OptimizerConfig:
   clip: float = 5.0
 
   def validate(self) -> None:
-    choice('optimizer.name', self.name, ('muon', 'adamw'))
+    choice('optimizer.name', self.name, ('muon', 'adamw', 'tf1_adam'))
+    if self.name == 'tf1_adam' and self.weight_decay:
+      raise ConfigError('optimizer.name is tf1_adam, which decays no weights: set weight_decay=0')
     choice('optimizer.schedule', self.schedule, SCHEDULES)
     if self.half_cycle <= 0 or self.decay_every < 0 or not 0 < self.decay <= 1:
       raise ConfigError(
@@ -62,11 +64,16 @@ class OptimizerConfig:
         raise ConfigError(
           f'optimizer.{name} is {getattr(self, name)}; it is whole steps, or a share below 1'
         )
+    if not 0 <= self.final_fraction <= 1 or (self.schedule == 'calr' and not self.final_fraction):
+      raise ConfigError(
+        f'optimizer.final_fraction is {self.final_fraction}; it is a share of the peak, which '
+        'calr must be able to come down to: above 0'
+      )
     if self.schedule == 'released_calr':
       if not self.decay_every or self.decay == 1:
         raise ConfigError(
-          'optimizer.schedule is released_calr: set decay_every to the steps of an epoch, and a '
-          'decay below 1'
+          'optimizer.schedule is released_calr: set decay_every to the steps of an epoch or, as a '
+          'share of the training, to 1 / epochs, and a decay below 1'
         )
       power = math.log(self.final_fraction or 2, self.decay)
       if power < 0.99 or abs(power - round(power)) > 0.01:
@@ -74,11 +81,6 @@ class OptimizerConfig:
           f'optimizer.final_fraction is {self.final_fraction}; of released_calr it is a power of '
           f'the decay, such as {self.decay**3:.6g}'
         )
-    if not 0 <= self.final_fraction <= 1 or (self.schedule == 'calr' and not self.final_fraction):
-      raise ConfigError(
-        f'optimizer.final_fraction is {self.final_fraction}; it is a share of the peak, which '
-        'calr must be able to come down to: above 0'
-      )
     if self.peak_lr <= 0 or self.gate_lr <= 0 or self.clip <= 0 or self.warmup < 1:
       raise ConfigError('optimizer.peak_lr, gate_lr and clip must be positive, warmup at least 1')
 

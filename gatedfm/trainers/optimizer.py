@@ -79,6 +79,9 @@ def make(cfg: OptimizerConfig, steps: int, dtype: str = 'float32') -> optax.Grad
       optax.scale_by_learning_rate(rate),
     )
     other = adam(weight_decay=0.0, nesterov=True)
+  elif cfg.name == 'tf1_adam':
+    scale = scale_by_tf1_adam(cfg.b1, cfg.b2, cfg.eps)
+    matrix = other = optax.chain(scale, optax.scale_by_learning_rate(rate))
   else:
     matrix = other = adam(weight_decay=cfg.weight_decay, mask=decayed)
   gates = optax.adam(learning_rate(cfg, cfg.gate_lr, steps), cfg.b1, cfg.b2, cfg.eps)
@@ -95,6 +98,23 @@ def _kinds(params: Any) -> Any:
     return 'matrix' if leaf.ndim - ('scan' in _names(path)) == 2 else 'other'
 
   return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def scale_by_tf1_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Adam as TensorFlow 1 has it: eps beside the uncorrected root ("epsilon hat", Kingma and Ba).
+
+  `sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`: of a large eps, steps are small at first.
+  """
+
+  def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+    count = state.count + 1
+    scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
 
 
 def orthogonalize(x: jax.Array, dtype: str) -> jax.Array:

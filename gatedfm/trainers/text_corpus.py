@@ -17,8 +17,6 @@ from gatedfm.factorization import svd
 from gatedfm.models.speech_config import ConfigError
 from gatedfm.trainers.text_config import TextDataConfig
 
-CHUNK = 512  # texts that are evaluated at a time
-
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
@@ -146,31 +144,6 @@ def offline(table: np.ndarray, compression: float, kind: str) -> np.ndarray:
     raise ConfigError(f'data.offline_compression {compression} leaves no feature: compress less')
   found = svd.factorize(table, rank)
   return found.first if kind == 'u' else found.first * found.singular[:rank].astype(np.float32)
-
-
-def chunks(lengths: np.ndarray, width: int, padded: bool) -> Iterator[Chunk]:
-  """All texts, short ones together, in few shapes, and so few programs.
-
-  Args:
-    lengths: of texts `[N]`.
-    width: of their rows.
-    padded: whether all are read in full width.
-  """
-  order = np.argsort(lengths, kind='stable')
-  for i in range(0, len(order), CHUNK):
-    rows = order[i : i + CHUNK]
-    size = min(CHUNK, 1 << (len(rows) - 1).bit_length())
-    most = -(-max(int(lengths[rows].max()), 1) // 8) * 8
-    yield Chunk(rows, np.resize(rows, size), width if padded else min(most, width))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-  """Numbers of some texts; the same, repeated to a size of few; columns that they take."""
-
-  rows: np.ndarray
-  filled: np.ndarray
-  length: int
 
 
 @dataclasses.dataclass(frozen=True)

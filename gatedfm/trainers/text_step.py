@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gatedfm.data.batching import CHUNK, chunks
 from gatedfm.models.text_classifier import TextClassifier, TextConfig
 from gatedfm.trainers import optimizer
 from gatedfm.trainers.config import OptimizerConfig
-from gatedfm.trainers.text_corpus import Arrays, Batch, chunks
+from gatedfm.trainers.text_corpus import Arrays, Batch
 
 Variables = dict[str, Any]
 
@@ -140,7 +141,8 @@ class Steps:
     """Which texts of a split are classified rightly, `[Z, N]` bool, by variables `[Z, ...]`."""
     out = np.zeros((len(self._seeds), len(split)), bool)
     padded = self._model.cfg.reference_compat
-    for chunk in chunks(split.lengths, split.ids.shape[1], padded):
+    # Of one size, so that all splits share their programs.
+    for chunk in chunks(split.lengths, split.ids.shape[1], padded, CHUNK):
       arrays = (x[chunk.filled] for x in (split.ids, split.lengths, split.labels))
       found = np.asarray(self._right(variables, *arrays, length=chunk.length))
       out[:, chunk.rows] = found[:, : len(chunk.rows)]

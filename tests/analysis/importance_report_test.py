@@ -57,27 +57,33 @@ def test_what_goes_at_a_loss():
     'h10': lost('heads:0.1', 0.02),
     'h40': lost('heads:0.4', 0.0),  # as good by chance, behind one that is not
     'f10': lost('ffn:0.1', -0.02),
-    'repaired': lost('ffn:0.1', -0.01, repair=True),
+    'repaired': lost('ffn:0.1', 0.79 - 0.8, repair=True),
+    's20': lost('heads:0.2', 0.0, steps=2),  # every 10%, both
+    's30': lost('heads:0.3', 0.0, steps=3),
     'both': lost('heads:0.5,ffn:0.1', 0.0),
   }
   summary = {'config': {'shots': [0]}, 'points': points}
   found = importance_report.affordable(summary)
   assert found == {
-    'heads': {'taylor': {'plain_0': {'mean': 0.2, 'surely': 0.1}}},
+    'heads': {
+      'taylor': {'plain_0': {'mean': 0.2, 'surely': 0.1, 'least': 0.1}},
+      'taylor, scored every 10%': {'plain_0': {'mean': 0.3, 'surely': 0.0, 'least': 0.2}},
+    },
     'ffn': {
-      'taylor': {'plain_0': {'mean': 0.0, 'surely': 0.0}},
-      'taylor, repaired': {'plain_0': {'mean': 0.1, 'surely': 0.0}},
+      'taylor': {'plain_0': {'mean': 0.0, 'surely': 0.0, 'least': 0.1}},
+      'taylor, repaired': {'plain_0': {'mean': 0.1, 'surely': 0.0, 'least': 0.1}},
     },
   }
   assert importance_report.affordable_table(summary).splitlines() == [
     '| goes at 1 point lost, % | plain, 0 shots |',
     '| --- | --- |',
     '| heads, taylor | 20 (10) |',
-    '| ffn, taylor | 0 (0) |',
-    '| ffn, taylor, repaired | 10 (0) |',
+    '| heads, taylor, scored every 10% | 30 (<20) |',
+    '| ffn, taylor | <10 (<10) |',
+    '| ffn, taylor, repaired | 10 (<10) |',
   ]
   wider = importance_report.affordable(summary, 0.05)
-  assert wider['heads']['taylor']['plain_0'] == {'mean': 0.4, 'surely': 0.2}
+  assert wider['heads']['taylor']['plain_0'] == {'mean': 0.4, 'surely': 0.2, 'least': 0.1}
 
 
 def test_the_pictures(summary):

@@ -82,3 +82,13 @@ def test_words_with_spaces_and_lines_of_windows(tmp_path):
   table, there = word_vectors.read(str(tmp_path / 'b.npy')).rows(['two', 'one', 'three'])
   np.testing.assert_array_equal(there, [True, True, False])
   np.testing.assert_array_equal(table, [[2, 3], [0, 1], [0, 0]])  # the first of several
+
+
+@pytest.mark.parametrize('name', ['v', 'v.npy', 'v.gz'])
+def test_vectors_that_could_not_be_read_again_are_not_written(name, tmp_path):
+  with pytest.raises(DataError, match='name it .txt or .vec'):
+    word_vectors.write(tmp_path / name, WordVectors(WORDS, TABLE))
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'a.txt').mkdir()
+  with pytest.raises(IsADirectoryError, match='name a file'):
+    word_vectors.check(tmp_path / 'a.txt')

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,12 +74,27 @@ def test_steps_that_close_the_same_are_scored_once(result):
 
 
 def test_other_products(cfg, result, tmp_path):
-  few = dataclasses.replace(cfg, shots=(0,), seeds=(0,), points={'random': POINTS['random']})
+  names = ('heads50', 'fitted')
+  few = dataclasses.replace(cfg, shots=(0,), seeds=(0,), points={n: POINTS[n] for n in names})
   other = importance_sweep.run(dataclasses.replace(few, dtype='bfloat16'), tmp_path)
-  for name in ('dense', 'random'):
-    value, same = (s['points'][name]['perplexity'] for s in (other, result[1]))
-    assert value != same
-    assert value == pytest.approx(same, rel=0.05)
+  assert other['points']['dense']['perplexity'] != result[1]['points']['dense']['perplexity']
+  assert other['points']['dense']['perplexity'] == pytest.approx(
+    result[1]['points']['dense']['perplexity'], rel=0.05
+  )
+  mine, theirs = (
+    score_files.load(f / 'scores' / 'b_0_gradients.npz') for f in (tmp_path, result[0])
+  )
+  for name, score in mine.items():
+    assert np.isfinite(score).all()
+    assert not np.array_equal(score, theirs[name])
+    np.testing.assert_allclose(score, theirs[name], rtol=0.2, atol=0.05 * theirs[name].max())
+  # Fits are in float32: those of the same gates are the same.
+  gates = [score_files.load(f / 'gates' / 'fitted_0.npz') for f in (tmp_path, result[0])]
+  same = all(np.array_equal(gates[0][name], gates[1][name]) for name in gates[0])
+  fitted = [lm_workdir.load(f / 'repaired' / 'fitted') for f in (tmp_path, result[0])]
+  assert (fitted[0].cfg.dtype, fitted[1].cfg.dtype) == ('bfloat16', 'float32')
+  equal = jax.tree.map(np.array_equal, fitted[0].params, fitted[1].params)
+  assert all(jax.tree.leaves(equal)) == same
   assert other['config']['dtype'] == 'bfloat16'
 
 
@@ -123,6 +139,17 @@ def test_it_resumes_where_it_was_killed(cfg, result, tmp_path, monkeypatch):
   assert not asked
   text = (tmp_path / 'answers.jsonl').read_text()
   assert len(json_lines.read(tmp_path / 'answers.jsonl')) == len(text.splitlines())
+
+
+def test_a_sweep_older_than_a_field_goes_on(cfg, tmp_path):
+  importance_sweep._claim(cfg, tmp_path)
+  path = tmp_path / 'sweep.json'
+  old = json.loads(path.read_text())
+  del old['dtype']
+  path.write_text(json.dumps(old))
+  importance_sweep._claim(cfg, tmp_path)
+  with pytest.raises(WorkdirError, match="dtype: '' -> 'bfloat16'"):
+    importance_sweep._claim(dataclasses.replace(cfg, dtype='bfloat16'), tmp_path)
 
 
 def test_a_point_keeps_its_name(cfg, result):

@@ -127,12 +127,12 @@ def test_what_cannot_be_is_refused(change, message, tmp_path):
 
 def test_schedules_are_drawn():
   curves = {
-    'CLR': schedules.clr_schedule(1.0, 0.1, 5),
-    'CALR': schedules.calr_schedule(1.0, 0.1, 5),
+    'CLR': (schedules.clr_schedule(1.0, 0.1, 5), 40),
+    'CALR': (schedules.calr_schedule(1.0, 0.1, 5), 20),
   }
-  figure = table_report.schedules(curves, 40, 10)
+  figure = table_report.schedules(curves, 10)
   lines = [axes.lines[0].get_ydata() for axes in figure.axes]
-  assert [len(line) for line in lines] == [40, 40]
+  assert [len(line) for line in lines] == [40, 20]
   np.testing.assert_allclose(lines[0][[0, 5, 10]], [0.1, 1.0, 0.1], rtol=1e-6)
 
 

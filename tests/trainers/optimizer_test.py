@@ -91,11 +91,38 @@ def test_cycles(schedule, want, half, every):
     ),
     ({'schedule': 'released_calr', 'decay_every': 9, 'final_fraction': 0.0}, 'power of the decay'),
     ({'schedule': 'calr', 'final_fraction': 0.0}, 'calr must be able to come down to'),
+    (
+      {'schedule': 'released_calr', 'decay_every': 9, 'final_fraction': -1.0},
+      r'final_fraction is -1\.0',
+    ),
+    ({'name': 'tf1_adam'}, 'weight_decay=0'),
   ],
 )
 def test_cycles_that_cannot_be(changes, message):
   with pytest.raises(ConfigError, match=message):
     OptimizerConfig(**changes).validate()
+
+
+def test_tf1_adam_is_its_loop():
+  """As TensorFlow 1 documents it, whose eps outweighs small gradients."""
+  cfg = OptimizerConfig(
+    'tf1_adam', 0.1, schedule='constant', warmup=1, weight_decay=0.0, eps=1e-2, b2=0.999, clip=1e9
+  )
+  tx = optimizer.make(cfg, 9)
+  params = {'a': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
+  state, rng = tx.init(params), np.random.default_rng(0)
+  m = v = 0.0
+  want = np.ones((2, 2))
+  for t in range(1, 6):
+    g = 1e-3 * rng.standard_normal((2, 2))
+    grads = {'a': {'kernel': jnp.asarray(g, jnp.float32), 'bias': jnp.zeros(2)}}
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    rate = 0.1 if t > 1 else float(optimizer.learning_rate(cfg, 0.1, 9)(0))
+    want = want - rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-2)
+  np.testing.assert_allclose(params['a']['kernel'], want, rtol=1e-5)
+  assert np.abs(want - 1).max() > 1e-4
 
 
 @pytest.mark.parametrize('steps', [1, 2, 5])
