@@ -201,7 +201,7 @@ def set_up() -> None:
     )
   cache = os.environ.get('GATEDFM_COMPILED') or Path.home() / '.cache' / 'gatedfm' / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def json_path(text: str, beside: str = '') -> Path | None:

@@ -56,20 +56,23 @@ def learning_rate(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedu
   return optax.linear_schedule(0.0, peak, warmup)
 
 
-def make(cfg: OptimizerConfig, steps: int, dtype: str = 'float32') -> optax.GradientTransformation:
+def make(
+  cfg: OptimizerConfig, steps: int, dtype: str = 'float32', rate: float | None = None
+) -> optax.GradientTransformation:
   """The optimizer of the model, and Adam with its own rate and no decay for gate predictors.
 
   Args:
     cfg: names it and its rates.
     steps: of the whole training, for the schedules.
     dtype: of the products inside Muon.
+    rate: instead of the schedule's, for those who multiply by it themselves.
   """
 
   def decayed(params: Any) -> Any:
     keep = lambda path, _: _names(path)[-1].endswith(('kernel', 'embedding'))
     return jax.tree_util.tree_map_with_path(keep, params)
 
-  rate = learning_rate(cfg, cfg.peak_lr, steps)
+  rate = learning_rate(cfg, cfg.peak_lr, steps) if rate is None else rate
   adam = lambda **options: optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, **options)
   if cfg.name == 'muon':
     matrix = optax.chain(

@@ -50,6 +50,8 @@ def keys(seeds: tuple[int, ...], salt: int) -> jax.Array:
 class Steps:
   """Compiled steps of a classifier, one program for each length.
 
+  Learning rates are an argument of theirs: trainings that differ in them alone share programs.
+
   Args:
     cfg: of the classifier, complete.
     optimizer_cfg: of its training.
@@ -67,7 +69,9 @@ class Steps:
     seeds: tuple[int, ...],
   ):
     self._model, self._seeds = TextClassifier(cfg), seeds
-    self._tx = optimizer.make(optimizer_cfg, max(steps, 1))
+    self._tx = optimizer.make(optimizer_cfg, max(steps, 1), rate=1.0)
+    rate = optimizer.learning_rate(optimizer_cfg, optimizer_cfg.peak_lr, steps)
+    self._rates = jax.vmap(rate)(jnp.arange(max(steps, 1))).astype(jnp.float32)
     self._train = jax.device_put((train.ids, train.lengths, train.labels))
     self._dropout = keys(seeds, 1)
     self._step = jax.jit(self._update, static_argnames='length', donate_argnames='state')
@@ -82,12 +86,14 @@ class Steps:
 
   def __call__(self, state: TextState, batch: Batch) -> tuple[TextState, jax.Array]:
     """A step of all seeds; losses `[Z]`."""
-    return self._step(state, self._train, batch.index, batch.weights, length=batch.length)
+    args = self._train, self._rates, batch.index, batch.weights
+    return self._step(state, *args, length=batch.length)
 
   def _update(
     self,
     state: TextState,
     train: tuple[jax.Array, ...],
+    rates: jax.Array,
     index_ZxB: jax.Array,
     weights_ZxB: jax.Array,
     length: int,
@@ -116,6 +122,7 @@ class Steps:
 
       value, grads = jax.value_and_grad(loss)(current)
       updates, opt_state = self._tx.update(grads, opt_state, current)
+      updates = jax.tree.map(lambda u: rates[state.step] * u, updates)
       return optax.apply_updates(current, updates), opt_state, value
 
     current, opt_state, losses_Z = jax.vmap(one)(
