@@ -94,7 +94,8 @@ class Evaluator:
   ):
     self._cfg, self._tokenizer, self._room = cfg, tokenizer, room
     self._most = min(most, cfg.max_tokens)
-    model, self._params = for_inference(cfg, params, execution)
+    model, params = for_inference(cfg, params, execution)
+    self._params = _as_read(cfg, params)
 
     def targets(params, tokens, mask, at, gates, prefix) -> jax.Array:
       return losses(model, params, tokens, mask, at, fixed or gates, prefix=prefix)
@@ -114,7 +115,7 @@ class Evaluator:
   def having(self, params: Any) -> Evaluator:
     """The same of other parameters of the same shapes, unrolled: nothing is compiled anew."""
     other = copy.copy(self)
-    other._params = params
+    other._params = _as_read(self._cfg, params)
     return other
 
   def _gates(self, gates: Gates | None) -> Gates:
@@ -256,6 +257,13 @@ class Evaluator:
       total += float(np.sum(loss_BxP * b.weight))
       count += float(np.sum(b.weight))
     return float(np.exp(total / count))
+
+
+def _as_read(cfg: LmConfig, params: Any) -> Any:
+  """Matrices as narrow as products read them, which would convert them each time."""
+  narrow = np.dtype(cfg.dtype).itemsize
+  small = lambda x: x.astype(cfg.dtype) if x.ndim > 1 and x.dtype.itemsize > narrow else x
+  return jax.tree.map(small, params)
 
 
 def _length(prefix: Prefix | None) -> int:

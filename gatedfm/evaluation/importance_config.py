@@ -19,12 +19,14 @@ class PrunedConfig:
     scorer, budget: as of `gatedfm.prune`.
     steps: of rising budgets, each scored anew on what the step before left; 1 scores once.
     repair: whether what is left is fitted to the dense model, on `examples` of each task.
+    ask: whether it answers questions; else its perplexity is all.
   """
 
   scorer: str = 'taylor'
   budget: str = ''
   steps: int = 1
   repair: bool = False
+  ask: bool = True
 
 
 @dataclasses.dataclass(slots=True)

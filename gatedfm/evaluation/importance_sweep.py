@@ -27,7 +27,7 @@ from gatedfm.data.questions import Task
 from gatedfm.data.types import DataError
 from gatedfm.evaluation import pruning_runs
 from gatedfm.evaluation.few_shot import Evaluator
-from gatedfm.evaluation.importance_config import DENSE, ImportanceConfig
+from gatedfm.evaluation.importance_config import DENSE, ImportanceConfig, PrunedConfig
 from gatedfm.evaluation.pruning_runs import Pruning
 from gatedfm.execution import lm_workdir
 from gatedfm.execution.lm_workdir import LmCheckpoint
@@ -88,11 +88,15 @@ def _run(
     )
   )
   told = start = time.perf_counter()
+  known = {_job(cfg, gates, row): row for row in rows if row['point'] in (DENSE, *cfg.points)}
   for i, (name, what, shots, seed) in enumerate(todo):
     closed = None if name == DENSE else gates(name, _seed_of(cfg, name, seed))
     own = repaired(name) if name != DENSE and cfg.points[name].repair else evaluator
     row = {'point': name, 'what': what, 'shots': shots, 'seed': seed}
-    if what == 'perplexity':
+    job = _job(cfg, gates, row)
+    if job in known:  # another point has the same gates
+      row = known[job] | row
+    elif what == 'perplexity':
       row['value'] = own.perplexity(_text(cfg, model), gates=closed)
     else:
       task = tasks[what]
@@ -103,6 +107,7 @@ def _run(
         row['calibrated'] = _bits(answered.calibrated().correct)
     _append(workdir / ANSWERS, row)
     rows.append(row)
+    known.setdefault(job, row)
     if time.perf_counter() - told > 20 or i + 1 == len(todo):
       told = time.perf_counter()
       left = (told - start) / (i + 1) * (len(todo) - i - 1)
@@ -130,6 +135,8 @@ def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
   # One that is older than a field had its default.
   default = json.loads(json.dumps(config_lib.to_dict(ImportanceConfig())))
   old = default | json.loads(path.read_text())
+  point = config_lib.to_dict(PrunedConfig())
+  old['points'] = {name: point | about for name, about in old['points'].items()}
   # Points may come and go: each has its own lines, which stay its own.
   points = old['points'] | own['points']
   old['points'] = {name: old['points'].get(name, own['points'][name]) for name in own['points']}
@@ -165,12 +172,21 @@ def _jobs(cfg: ImportanceConfig) -> Iterator[tuple[str, str, int, int]]:
   """What is asked: all points' perplexity first, then a seed and a number of shots at a time."""
   names = [DENSE, *cfg.points]
   yield from ((name, 'perplexity', 0, cfg.seeds[0]) for name in names)
-  for seed, shots, name, task in itertools.product(cfg.seeds, cfg.shots, names, cfg.tasks):
+  asked = [name for name in names if name == DENSE or cfg.points[name].ask]
+  for seed, shots, name, task in itertools.product(cfg.seeds, cfg.shots, asked, cfg.tasks):
     yield name, task, shots, seed
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
   return row['point'], row['what'], row['shots'], row['seed']
+
+
+def _job(cfg: ImportanceConfig, gates_of: Any, row: Mapping[str, Any]) -> tuple[Any, ...]:
+  """What an answer depends on: points with the same gates answer alike, where none is repaired."""
+  name, *about = _key(row)
+  if name != DENSE:
+    name = cfg.points[name].repair and name, _digest(gates_of(name, _seed_of(cfg, name, about[-1])))
+  return name, *about
 
 
 def _seed_of(cfg: ImportanceConfig, name: str, seed: int) -> int:

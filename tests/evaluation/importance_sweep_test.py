@@ -27,6 +27,8 @@ POINTS = {
   'steps': PrunedConfig('taylor', 'heads:0.5', 2),
   'on': PrunedConfig('taylor', 'heads:0.75', 3),
   'fitted': PrunedConfig('taylor', 'heads:0.5', repair=True),
+  'same': PrunedConfig('taylor', 'heads:0.6'),  # four of eight, too
+  'unasked': PrunedConfig('taylor', 'heads:0.9', ask=False),
 }
 
 
@@ -47,7 +49,7 @@ def result(cfg, tmp_path_factory, fast_compilation):
 def test_every_point_is_asked_once(cfg, result):
   workdir, _ = result
   rows = json_lines.read(workdir / 'answers.jsonl')
-  assert len(rows) == 7 * (1 + 2 * 2)
+  assert len(rows) == 8 * (1 + 2 * 2) + 1
   assert len({importance_sweep._key(row) for row in rows}) == len(rows)
   assert all(len(row['plain']) == 5 for row in rows if row['what'] != 'perplexity')
 
@@ -66,6 +68,21 @@ def test_answers_are_those_of_the_masked_model(cfg, result, checkpoint, own):
   want = evaluator.ask(task, 'test', 5, 2, 1, gates, shared=True).correct
   rows = {importance_sweep._key(row): row for row in json_lines.read(workdir / 'answers.jsonl')}
   assert rows['heads50', own[1], 2, 1]['plain'] == ''.join('01'[int(c)] for c in want)
+
+
+def test_the_same_gates_are_asked_once(cfg, result, tmp_path, monkeypatch):
+  _, summary = result
+  same, first = (summary['points'][name] for name in ('same', 'heads50'))
+  assert same['perplexity'] == first['perplexity']
+  assert same['plain_2'] == first['plain_2']
+  assert 'plain_0' not in summary['points']['unasked']
+  assert summary['points']['unasked']['perplexity'] != first['perplexity']
+  asked = []
+  ask = Evaluator.ask
+  monkeypatch.setattr(Evaluator, 'ask', lambda *a, **k: asked.append(a) or ask(*a, **k))
+  few = dataclasses.replace(cfg, points={name: POINTS[name] for name in ('heads50', 'same')})
+  importance_sweep.run(few, tmp_path)
+  assert len(asked) == 2 * 4
 
 
 def test_steps_that_close_the_same_are_scored_once(result):
@@ -145,7 +162,7 @@ def test_a_sweep_older_than_a_field_goes_on(cfg, tmp_path):
   importance_sweep._claim(cfg, tmp_path)
   path = tmp_path / 'sweep.json'
   old = json.loads(path.read_text())
-  del old['dtype']
+  del old['dtype'], old['points']['random']['ask']
   path.write_text(json.dumps(old))
   importance_sweep._claim(cfg, tmp_path)
   with pytest.raises(WorkdirError, match="dtype: '' -> 'bfloat16'"):
