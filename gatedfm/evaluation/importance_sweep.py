@@ -137,9 +137,12 @@ def _claim(cfg: ImportanceConfig, workdir: Path) -> None:
   old = default | json.loads(path.read_text())
   point = config_lib.to_dict(PrunedConfig())
   old['points'] = {name: point | about for name, about in old['points'].items()}
-  # Points may come and go: each has its own lines, which stay its own.
+  # Points may come, go and be asked or not: each has its own lines, which stay its own.
   points = old['points'] | own['points']
-  old['points'] = {name: old['points'].get(name, own['points'][name]) for name in own['points']}
+  old['points'] = {
+    name: old['points'].get(name, point) | {'ask': point['ask']}
+    for name, point in own['points'].items()
+  }
   if changed := config_lib.differences(old, own):
     raise WorkdirError(f'{workdir} belongs to another sweep ({"; ".join(changed)}): choose another')
   atomic.write_text(path, json.dumps(own | {'points': points}, indent=1) + '\n')

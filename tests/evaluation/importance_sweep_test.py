@@ -173,6 +173,7 @@ def test_a_point_keeps_its_name(cfg, result):
   """One that was left out for a while does not come back as another."""
   workdir, _ = result
   fewer = {name: point for name, point in POINTS.items() if name != 'ffn50'}
+  fewer['unasked'] = dataclasses.replace(POINTS['unasked'], ask=True)  # now it is
   importance_sweep._claim(dataclasses.replace(cfg, points=fewer), workdir)
   other = POINTS | {'ffn50': PrunedConfig('taylor', 'ffn:0.5')}
   with pytest.raises(WorkdirError, match='ffn50'):
