@@ -144,10 +144,14 @@ class Attention(nn.Module):
     if sources := self._sources():
       kv = jax.tree.map(lambda a: a[:, np.array(sources)], kv)
     weight_BxHxTxS, grouped = self.weights(q_BxTxHxK, kv.key, mask, deterministic)
-    product = 'bgrts,bgsk->btgrk' if grouped else 'bhts,bhsk->bthk'
-    y_BxTxHxK = jnp.einsum(
-      product, weight_BxHxTxS, kv.value, preferred_element_type=jnp.float32
-    ).reshape(q_BxTxHxK.shape)
+    rows = weight_BxHxTxS
+    if grouped:  # queries of a group in one axis: XLA:CPU has no bfloat16 product of two of them
+      rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+    product = 'bhts,bhsk->bhtk' if grouped else 'bhts,bhsk->bthk'
+    y = jnp.einsum(product, rows, kv.value, preferred_element_type=jnp.float32)
+    if grouped:
+      y = jnp.moveaxis(y.reshape(*weight_BxHxTxS.shape[:-1], y.shape[-1]), 3, 1)
+    y_BxTxHxK = y.reshape(q_BxTxHxK.shape)
     if heads is not None:
       heads = heads if heads.ndim == 3 else heads[:, None]
       y_BxTxHxK = y_BxTxHxK * heads[..., None]
