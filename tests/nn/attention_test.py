@@ -88,6 +88,24 @@ def test_cached_attention_is_causal_attention():
     np.testing.assert_allclose(y[:, 0], whole[:, i], rtol=1e-5, atol=1e-5)
 
 
+def test_grouped_heads_in_bfloat16():
+  """Behind a cache as in float32; XLA:CPU does not multiply every layout."""
+
+  class Cached(attention.Attention):
+    def __call__(self, x):
+      cache = attention.empty_cache(len(x), 40, 3, 16, x.dtype)
+      kv = attention.update_cache(cache, self.project(x), 0)
+      return self.attend(x, kv, attention.causal_mask(40)[:, :, : x.shape[1]])
+
+  x, options = normal(16, 32, 64), {'kv_heads': 3, 'width': 16}
+  run, p = build(Cached(9, 64, **options), x)
+  p = jax.tree.map(lambda a: a / 8, p)
+  narrow = jax.jit(Cached(9, 64, dtype=jnp.bfloat16, **options).apply)
+  for rows in (16, 1):
+    got = narrow({'params': p}, x[:rows].astype(jnp.bfloat16)).astype(jnp.float32)
+    np.testing.assert_allclose(got, run(p, x[:rows]), rtol=0.1, atol=0.1)
+
+
 def test_dropout_falls_on_the_weights():
   x = normal(B, T, D)
   module = attention.Attention(HEADS, D, dropout=0.5)
