@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
 
   with mains.clear_errors():
     if (_FROM.value is None) == (_EXPORT.value is None):
-      raise ConfigError('say either --from=hf|gguf|smollm2 or --export=hf|plain')
+      raise ConfigError(
+        'say either --from=hf|gguf|smollm2 PATH or --export=hf|plain CHECKPOINT, without --from'
+      )
     wanted = 0 if _FROM.value == 'smollm2' else 1
     if len(argv) - 1 != wanted:
       given = ' '.join(argv[1:]) or 'none'

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     )
     folders = mains.folder(_CHECKPOINT.value), mains.folder(_WORKDIR.value)
     pruning_runs.run(*folders, how, lambda line: print(line, flush=True))
-    print(folders[1])
+    print(f'next: python -m gatedfm.few_shot|generate --checkpoint={folders[1]}')
 
 
 if __name__ == '__main__':

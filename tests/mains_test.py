@@ -89,7 +89,7 @@ def test_required_flags(name):
       ('--checkpoint=a', '--prompt=a', '--top_p=0.5'),
       'error: top_p is 0.5, but',
     ),
-    ('import_checkpoint', ('--to=a',), 'error: say either --from=hf|gguf|smollm2 or --export'),
+    ('import_checkpoint', ('--to=a',), 'error: say either --from=hf|gguf|smollm2 PATH'),
     ('import_checkpoint', ('--to=a', '--from=hf'), 'error: give 1 path behind the flags'),
     (
       'import_checkpoint',

@@ -45,7 +45,7 @@ ASKED = {
 }
 REPAIRED = {
   'taylor': ('heads:0.1', 'heads:0.2', 'heads:0.3', 'heads:0.5', 'ffn:0.1', 'ffn:0.2'),
-  'fisher': ('heads:0.3', 'heads:0.5'),
+  'fisher': ('heads:0.3', 'heads:0.5', 'heads:0.7'),
 }
 
 

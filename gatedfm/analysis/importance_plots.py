@@ -132,11 +132,15 @@ def _draw(axes: axes_lib.Axes, panel: Panel, scorers: Sequence[str]) -> None:
     if name not in panel.curves:
       continue
     curve, color = panel.curves[name], COLORS[number % len(COLORS)]
-    x = 100 * np.asarray(curve.pruned)
+    # From the dense model on, where there is one.
+    first = [] if panel.dense is None else [panel.dense]
+    x = [*[0.0] * len(first), *(100 * np.asarray(curve.pruned))]
     if curve.low is not None:
-      axes.fill_between(x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+      low, high = [*first, *curve.low], [*first, *curve.high]
+      axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     marker = MARKERS[number % len(MARKERS)]
-    axes.plot(x, curve.quality, color=color, marker=marker, markersize=4, label=name)
+    quality = [*first, *curve.quality]
+    axes.plot(x, quality, color=color, marker=marker, markersize=4, label=name)
   if panel.dense is not None:
     axes.axhline(panel.dense, color=INK, alpha=0.6, linestyle='--', linewidth=1, label='dense')
 

@@ -32,6 +32,18 @@ def label(point: Mapping[str, Any]) -> str:
   return out + (', repaired' if point['repair'] else '')
 
 
+def tables(summary: Mapping[str, Any]) -> str:
+  """`table` and `affordable_table`, each behind what it says."""
+  return '\n\n'.join([
+    'Shares of the dense model that are left; perplexity; accuracy in percent, in brackets the '
+    'difference from the dense model on the same questions, in points, with its 95% interval:',
+    table(summary),
+    'The largest share (%) up to which no share that was tried loses more than a point on '
+    'average (in brackets: at the lower end of the interval); < where the least tried loses more:',
+    affordable_table(summary),
+  ])  # fmt: skip
+
+
 def table(summary: Mapping[str, Any]) -> str:
   """A row per point: what is left, perplexity, accuracies with their differences from dense."""
   kinds = _kinds(summary)
@@ -170,7 +182,7 @@ def pictures(
     out['joint_grid'] = importance_plots.joint_grid(*grid, quality='perplexity')
   for site, name in ((HEADS, 'heads'), (FFN, 'ffn')):
     mine = {
-      f'{task}, {shots}': found[f'taylor:{site}']
+      f'{task}, {shots} shots': found[f'taylor:{site}']
       for (task, shots), found in scores.items()
       if f'taylor:{site}' in found
     }

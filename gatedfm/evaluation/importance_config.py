@@ -84,7 +84,8 @@ class ImportanceConfig:
         raise ConfigError(f'points.{name}.steps is {point.steps}; it must be at least 1')
     choice('split', self.split, SPLITS)
     choice('aggregation', self.aggregation, scorers.AGGREGATIONS)
-    choice('dtype', self.dtype, ('', 'float32', 'bfloat16'))
+    if self.dtype:
+      choice('dtype', self.dtype, ('float32', 'bfloat16'))
     if min(*self.shots, *self.seeds) < 0:
       raise ConfigError('shots and seeds must not be negative')
     if len({Path(task).stem for task in self.tasks}) < len(self.tasks):

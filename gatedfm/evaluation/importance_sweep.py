@@ -87,12 +87,12 @@ def _run(
       _repaired(cfg, model, name, gates(name, cfg.seeds[0]), workdir / 'repaired' / name)
     )
   )
-  told = start = time.perf_counter()
+  told, seconds = time.perf_counter(), []
   known = {_job(cfg, gates, row): row for row in rows if row['point'] in (DENSE, *cfg.points)}
   for i, (name, what, shots, seed) in enumerate(todo):
     closed = None if name == DENSE else gates(name, _seed_of(cfg, name, seed))
     own = repaired(name) if name != DENSE and cfg.points[name].repair else evaluator
-    row = {'point': name, 'what': what, 'shots': shots, 'seed': seed}
+    row, start = {'point': name, 'what': what, 'shots': shots, 'seed': seed}, time.perf_counter()
     job = _job(cfg, gates, row)
     if job in known:  # another point has the same gates
       row = known[job] | row
@@ -108,9 +108,11 @@ def _run(
     _append(workdir / ANSWERS, row)
     rows.append(row)
     known.setdefault(job, row)
+    seconds.append(time.perf_counter() - start)
     if time.perf_counter() - told > 20 or i + 1 == len(todo):
       told = time.perf_counter()
-      left = (told - start) / (i + 1) * (len(todo) - i - 1)
+      # Of most: some are behind a compilation.
+      left = np.median(seconds) * (len(todo) - i - 1)
       say(f'sweep: {i + 1} of {len(todo)}: {name}, {what}; {log.duration(left)} left')
   summary = summarize(cfg, model, rows, lambda name: gates(name, cfg.seeds[0]))
   summary['rankings'] = importance_report.rankings(scores.kept())
@@ -118,7 +120,7 @@ def _run(
   atomic.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + '\n')
   for name, figure in importance_report.pictures(summary, scores.kept()).items():
     plots.save(figure, workdir / f'{name}.png')
-  table = f'{importance_report.table(summary)}\n\n{importance_report.affordable_table(summary)}'
+  table = importance_report.tables(summary)
   atomic.write_text(workdir / 'table.md', table + '\n')
   say(f'{table}\nsweep: done; see {workdir}')
   return summary

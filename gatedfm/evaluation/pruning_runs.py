@@ -159,7 +159,10 @@ def _try_out(dense: LmCheckpoint, how: Pruning) -> None:
   budget = allocation.parse_budget(how.budget)
   if 'latency' not in budget:
     drawn = scorers.random(Calibrated(dense.cfg, dense.params))
-    in_steps(lambda closed: drawn, budget, dense.cfg, how.steps, how.allocation)
+    gates = in_steps(lambda closed: drawn, budget, dense.cfg, how.steps, how.allocation)
+    if all(np.all(g) for g in gates.values.values()):
+      sizes = ', '.join(f'{g.size} {name.split("/")[1]}' for name, g in gates.values.items())
+      raise ConfigError(f'budget {how.budget} closes none of {sizes}: ask for more')
 
 
 def close(dense: LmCheckpoint, scores: Scores, how: Pruning, say: Callable[[str], None]) -> Gates:

@@ -131,7 +131,7 @@ def _alike(layers: Sequence[int], counts_N: np.ndarray, what: str) -> int:
     if count != first:
       raise ConfigError(
         f'layer {layer} keeps {count} {what} and layer {layers[0]} {first}: a plain model has one '
-        'number for all layers; prune with --shape=uniform'
+        'number for all layers; prune with --shape=uniform (and --groups, where heads share keys)'
       )
   return first
 

@@ -247,7 +247,7 @@ def _close(score, share, site: Site, cfg: LmConfig, how: Allocation, before) -> 
   if share * open_NxU.size >= 1 and open_NxU.all():
     raise ConfigError(
       f'{site.name}: {how.shape} layers of {rows.shape[1]} close nothing of {share:.0%}: ask for '
-      'more, or for another shape'
+      f'more (one of each layer is {1 / rows.shape[1]:.2f}), or for another shape'
     )
   return np.repeat(open_NxU, together, 1).reshape(score.shape).astype(np.float32)
 

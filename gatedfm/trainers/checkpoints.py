@@ -213,5 +213,5 @@ def load_config(workdir: Path, kind: str = 'speech') -> dict[str, Any]:
   if (workdir / UNFINISHED).exists() or (workdir / FINISHED).exists():
     raise CheckpointError(f'{workdir} is not finished: wait, or give its command once more')
   if runs := runs_in(workdir):
-    raise CheckpointError(f'{workdir} holds several runs; give one of {", ".join(map(str, runs))}')
+    raise CheckpointError(f'{workdir} is no run itself; give one of {", ".join(map(str, runs))}')
   raise CheckpointError(f'{workdir} has no {CONFIG}; give the workdir of a {kind} model')

@@ -62,7 +62,7 @@ def test_quality_curves():
   assert not figure.axes[3].axison
   first = figure.axes[0]
   lines = {line.get_label(): line for line in first.lines}
-  np.testing.assert_allclose(lines['taylor'].get_data(), [[10, 50], [0.8, 0.6]])
+  np.testing.assert_allclose(lines['taylor'].get_data(), [[0, 10, 50], [0.85, 0.8, 0.6]])
   assert set(lines['dense'].get_ydata()) == {0.85}
   [band] = first.collections  # of the scorer that has an interval
   corners = {tuple(np.round(p, 6)) for p in band.get_paths()[0].vertices}

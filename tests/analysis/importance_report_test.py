@@ -102,8 +102,8 @@ def test_the_pictures(summary):
   }  # fmt: skip
   heads = drawn['perplexity'].axes[0]
   lines = {line.get_label(): line.get_data() for line in heads.lines}
-  np.testing.assert_allclose(lines['taylor'], [[10, 50], [12, 30]])
-  np.testing.assert_allclose(lines['taylor, repaired'], [[50], [20]])
+  np.testing.assert_allclose(lines['taylor'], [[0, 10, 50], [10, 12, 30]])
+  np.testing.assert_allclose(lines['taylor, repaired'], [[0, 50], [10, 20]])
   assert lines['dense'][1][0] == 10
   cells = drawn['joint_grid'].axes[0].images[0].get_array()
   np.testing.assert_allclose(np.ma.filled(cells, np.nan), [[10, 14], [30, 50]])

@@ -117,6 +117,7 @@ def test_a_budget_in_latency_is_measured(checkpoint, own, monkeypatch, possible)
   [
     ({'scorer': 'best'}, ConfigError, "scorer is 'best'"),
     ({'budget': 'heads:2'}, ConfigError, 'between 0 and 1'),
+    ({'budget': 'heads:0.1'}, ConfigError, 'closes none of 8 attention_heads'),
     ({'calibration': ()}, ConfigError, 'scorer taylor reads texts'),
     ({'calibration': ('none.txt',)}, DataError, 'none.txt cannot be read'),
     ({'calibration': ('sst9',)}, DataError, "no task 'sst9'"),

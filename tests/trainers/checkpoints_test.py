@@ -115,7 +115,7 @@ def test_a_folder_of_runs_names_them(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'config.json').write_text('{}')
   (tmp_path / 'notes').mkdir()
-  message = f'holds several runs; give one of {tmp_path}/dense, {tmp_path}/gated$'
+  message = f'is no run itself; give one of {tmp_path}/dense, {tmp_path}/gated$'
   with pytest.raises(CheckpointError, match=message):
     checkpoints.load_config(tmp_path)
 
