@@ -345,6 +345,8 @@ def summarize(
       about['closed'] = {site: int((g == 0).sum()) for site, g in gates.values.items()}
       costs = lm_costs.count(model.cfg, lm_workdir.compacted(model, gates, {}).params, 512)
       about['kept'] = {k: costs[k] / dense_costs[k] for k in ('parameters', 'layer_macs')}
+    if not about.get('ask', True):
+      mine = []  # what it answered while it was asked
     for kind, shots in itertools.product(('plain', 'calibrated'), cfg.shots):
       counts = _counts(mine, kind, shots)
       if counts is not None:

@@ -83,6 +83,8 @@ def test_the_same_gates_are_asked_once(cfg, result, tmp_path, monkeypatch):
   few = dataclasses.replace(cfg, points={name: POINTS[name] for name in ('heads50', 'same')})
   importance_sweep.run(few, tmp_path)
   assert len(asked) == 2 * 4
+  few.points['same'] = dataclasses.replace(POINTS['same'], ask=False)  # no longer
+  assert 'plain_0' not in importance_sweep.run(few, tmp_path)['points']['same']
 
 
 def test_steps_that_close_the_same_are_scored_once(result):
