@@ -123,7 +123,8 @@ def quality_curves(
   handles = {
     label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())
   }
-  figure.legend(handles.values(), handles, loc='outside lower center', ncols=4)
+  columns = 4 if max(map(len, handles), default=0) < 12 else 2
+  figure.legend(handles.values(), handles, loc='outside lower center', ncols=columns)
   return figure
 
 
