@@ -2,18 +2,35 @@
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/full.py --workdir=runs/tables_full
 
-On two cores some hours; it resumes.
+On two cores some hours; it resumes. `full.py:dan` and `full.py:lstm` are its parts, which two
+processes may train side by side into one workdir; the whole then compares them.
 """
 
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TableSweepConfig
 
+FEW = (0.9, 0.95, 0.5)
+# Of the LSTM and of AG News, which take longest.
+ASKED = (
+  'calr', 'clr', 'fixed', 'released', 'random', 'product', 'posthoc', 'int8factors', 'bytes',
+  'int8bytes', 'offlineus', 'int16', 'int8',
+)  # fmt: skip
+DAN = (*ASKED, 'cosine', 'offlineu')
+ASIDE = ('balanced', 'weighted', 'banded', 'hashed', 'int4')  # not at every compression
+CURVE = ('calr', 'posthoc', 'int8factors', 'offlineus')  # at every compression by an LSTM, too
 
-def get_config() -> TableSweepConfig:
+
+def get_config(kinds: str = 'dan,lstm') -> TableSweepConfig:
   """Five seeds."""
   points = {}
-  for name in ('trec', 'sst5', 'subjective', 'agnews'):  # what is quickly done first
-    points |= texts.points(texts.classifier(name, 'dan'))
-  for name in ('trec', 'subjective', 'sst5'):
-    points |= texts.points(texts.classifier(name, 'lstm'))
+  for kind in kinds.split(','):
+    for name in ('trec', 'sst5', 'subjective'):
+      dense = texts.classifier(name, kind)
+      points |= texts.points(dense, FEW, (*DAN, *ASIDE) if kind == 'dan' else ASKED)
+      if kind == 'dan':
+        points |= texts.points(dense, methods=DAN)
+    if kind == 'dan':
+      points |= texts.points(texts.classifier('agnews', kind), FEW, ASKED)
+    else:
+      points |= texts.points(texts.classifier('trec', kind), methods=CURVE)
   return TableSweepConfig(points)

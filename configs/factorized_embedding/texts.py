@@ -9,6 +9,7 @@ Of one's own: texts.py:dan,FILE (.csv or .jsonl). Learning rates were chosen on 
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ TABLES = {
   'product': {'kind': 'product_quantized'},
 }
 FRESH = ('random', 'hashed')  # that have little of the trained table
+FEATURES = {'glove-50': 50, 'sg-100': 100}
 
 
 def get_config(what: str = 'lstm,trec') -> TextTrainConfig:
@@ -50,9 +52,9 @@ def classifier(texts: str, kind: str) -> TextTrainConfig:
   cfg.classifier.kind = kind
   cfg.data.texts = texts
   cfg.data.vectors = 'glove-50'
+  cfg.epochs = 12 if kind == 'dan' else 4
   if texts == 'agnews':
-    cfg.data.vectors, cfg.data.longest, cfg.data.batch = 'sg-100', 80, 256
-  cfg.epochs = 12 if kind == 'dan' else 6
+    cfg.data.vectors, cfg.data.longest, cfg.data.batch, cfg.epochs = 'sg-100', 80, 256, 4
   # CALR's maximum falls twice before it comes back: twice in a training.
   cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', 1 / 12
   cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = PEAKS.get(texts, PEAKS['']), 1e-3
@@ -111,6 +113,14 @@ def points(
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
     codes = on(named('calr', c), TableConfig('quantized_factors'), epochs=0)
     add('int8factors', 'SVD, calr, int8', codes, c)
+    # Of the rank whose codes and scales, one and two bytes, leave no more than the share of bytes.
+    features = FEATURES.get(dense.data.vectors, 0)
+    rank = math.floor((1 - c) * 4 * features + 1e-9) - 3  # one less: the second factor
+    if 0 < rank < features:
+      wide = on(first, TableConfig('factorized', rank=rank))
+      add('bytes', 'SVD, calr, before int8 by bytes', wide, c)
+      codes = on(named('bytes', c), TableConfig('quantized_factors'), epochs=0)
+      add('int8bytes', 'SVD, calr, int8 by bytes', codes, c)
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)
       cfg.data.offline, cfg.data.offline_compression = split, c

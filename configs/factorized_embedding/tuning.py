@@ -1,4 +1,4 @@
-"""Learning rates on validation, of a `dan` or an `lstm`: `texts.py` has what came out.
+"""Peaks of learning rates on validation, of a `dan` or an `lstm`: `texts.py` has what came out.
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/tuning.py:dan --workdir=runs/tune
 
@@ -10,18 +10,21 @@ import dataclasses
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
 
-PEAKS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-METHODS = (*texts.SCHEDULES, *texts.TABLES, 'offlineus')
+PEAKS = {'dan': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2)}
+METHODS = {
+  'dan': (*texts.SCHEDULES, *texts.TABLES, 'offlineus'),
+  'lstm': ('calr', 'random', 'offlineus'),
+}
 
 
 def get_config(kind: str = 'dan') -> TableSweepConfig:
   """TREC, SST-5 and Subj by a DAN, TREC by an LSTM; five seeds."""
   points = {}
   for name in ('trec', 'sst5', 'subjective') if kind == 'dan' else ('trec',):
-    found = texts.points(texts.classifier(name, kind), (0.9,), METHODS)
+    found = texts.points(texts.classifier(name, kind), (0.9,), METHODS[kind])
     first = next(iter(found))
     for at, point in found.items():
-      for peak in PEAKS:
+      for peak in PEAKS[kind]:
         optimizer = dataclasses.replace(point.train.optimizer, peak_lr=peak)
         train = dataclasses.replace(point.train, optimizer=optimizer, final=False)
         points[f'{at}_{peak:g}'] = TablePoint(f'{point.method}, {peak:g}', train, point.compression)
