@@ -8,7 +8,7 @@ On two cores under eight minutes after the download.
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TableSweepConfig
 
-METHODS = ('calr', 'random', 'posthoc', 'bytes', 'int8bytes', 'offlineus', 'int8')
+METHODS = ('calr', 'banded', 'random', 'posthoc', 'bytes', 'int8bytes', 'offlineus', 'int8')
 
 
 def get_config() -> TableSweepConfig:
