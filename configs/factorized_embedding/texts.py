@@ -19,11 +19,12 @@ from gatedfm.trainers.text_config import TextTrainConfig
 
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Of the learning rate, by `tuning.py`: of the first training; of training on, whatever the
-# schedule; where a table starts from nothing, or from vectors that no training has seen.
+# schedule; where a table starts from nothing, or from vectors that no training has seen; of bands.
 # Texts that are not named have the last of each.
 PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, '': 3e-3}
 PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, '': 1e-3}
-PEAK_FRESH = 3e-2
+PEAK_FRESH, PEAK_BANDED = 3e-2, 1e-3
+BALANCED = 10  # times the peak: the first factor's numbers are that much larger
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
 # What tables are made of otherwise, trained on with CALR.
@@ -108,6 +109,10 @@ def points(
       cfg = on(first, TableConfig(**{'kind': 'factorized', 'compression': c} | table))
       if method in FRESH:
         cfg.optimizer.peak_lr = PEAK_FRESH
+      elif method == 'banded':
+        cfg.optimizer.peak_lr = PEAK_BANDED
+      elif method == 'balanced':
+        cfg.optimizer.peak_lr *= BALANCED
       label = f'SVD, {method}' if {'split', 'init'} & set(table) and method != 'random' else method
       add(method, f'{label}, calr', cfg, c)
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
