@@ -19,11 +19,11 @@ from gatedfm.trainers.text_config import TextTrainConfig
 
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Of the learning rate, by `tuning.py`: of the first training; of training on, whatever the
-# schedule; where a table starts from nothing, or from vectors that no training has seen; of bands.
-# Texts that are not named have the last of each.
+# schedule; where a table starts from nothing; of bands; of vectors that no training has seen. Texts that are not named have the last of each. An LSTM's were chosen on TREC alone.
 PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, '': 3e-3}
 PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, '': 1e-3}
 PEAK_FRESH, PEAK_BANDED = 3e-2, 1e-3
+PEAK_OFFLINE = {'dan': 3e-2, 'lstm': 1e-2}
 BALANCED = 10  # times the peak: the first factor's numbers are that much larger
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
@@ -129,6 +129,6 @@ def points(
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)
       cfg.data.offline, cfg.data.offline_compression = split, c
-      cfg.epochs, cfg.optimizer.peak_lr = 2 * dense.epochs, PEAK_FRESH
+      cfg.epochs, cfg.optimizer.peak_lr = 2 * dense.epochs, PEAK_OFFLINE[kind]
       add(f'offline{split}', f'offline, {split.upper()}', cfg, c)
   return out

@@ -10,7 +10,7 @@ import dataclasses
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
 
-PEAKS = {'dan': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2)}
+PEAKS = {'dan': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2, 3e-2)}
 METHODS = {
   'dan': (*texts.SCHEDULES, *texts.TABLES, 'offlineus'),
   'lstm': ('calr', 'random', 'offlineus'),
