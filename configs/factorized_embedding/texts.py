@@ -19,7 +19,8 @@ from gatedfm.trainers.text_config import TextTrainConfig
 
 COMPRESSIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Of the learning rate, by `tuning.py`: of the first training; of training on, whatever the
-# schedule; where a table starts from nothing; of bands; of vectors that no training has seen. Texts that are not named have the last of each. An LSTM's were chosen on TREC alone.
+# schedule; where a table starts from nothing; of bands; of vectors that no training has seen.
+# Texts that are not named have the last of each. An LSTM's were chosen on TREC alone.
 PEAKS = {'trec': 1e-2, 'sst5': 1e-3, 'subjective': 3e-3, '': 3e-3}
 PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, '': 1e-3}
 PEAK_FRESH, PEAK_BANDED = 3e-2, 1e-3
