@@ -9,7 +9,6 @@ import pytest
 from gatedfm.evaluation.importance_config import ImportanceConfig, PrunedConfig
 from gatedfm.evaluation.sweep import SweepConfig
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
-from gatedfm.models import tables
 from gatedfm.trainers import config as config_lib
 from gatedfm.trainers.config import TrainConfig
 from gatedfm.trainers.text_config import TextTrainConfig
@@ -92,19 +91,3 @@ def test_sizes(size, monkeypatch):
   cfg = load(path, monkeypatch).get_config(size)
   check(cfg)
   assert cfg.name.endswith(size)
-
-
-def test_int8_factors_by_bytes_are_as_wide_as_may_be(monkeypatch):
-  texts = load(ROOT / 'configs' / 'factorized_embedding' / 'texts.py', monkeypatch)
-  for name, rows, features in ('trec', 7000, 50), ('sst5', 16_000, 50), ('agnews', 60_000, 100):
-    found = texts.points(texts.classifier(name, 'dan'), (0.5, 0.9, 0.95), ('bytes', 'int8bytes'))
-    wide = {at: p for at, p in found.items() if '_bytes_' in at}
-    assert {p.compression for p in wide.values()} == {0.9, 0.95}  # int8 alone has more of half
-    for at, point in wide.items():
-      rank = point.train.classifier.table.rank
-      codes = found[at.replace('bytes', 'int8bytes')].train.classifier.table
-      taken = [
-        tables.size(dataclasses.replace(codes, rank=r), rows, features).bytes
-        for r in (rank, rank + 2)
-      ]
-      assert taken[0] <= (1 - point.compression) * 4 * rows * features < taken[1]

@@ -9,28 +9,31 @@ processes may train side by side into one workdir; the whole then compares them.
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TableSweepConfig
 
-FEW = (0.9, 0.95, 0.5)
-# Of the LSTM and of AG News, which take longest.
-ASKED = (
-  'calr', 'clr', 'fixed', 'released', 'random', 'banded', 'product', 'posthoc', 'int8factors',
-  'bytes', 'int8bytes', 'offlineus', 'int16', 'int8',
-)  # fmt: skip
-DAN = (*ASKED, 'cosine', 'offlineu')
-ASIDE = ('balanced', 'weighted', 'hashed', 'int4')  # not at every compression
-CURVE = ('calr', 'banded', 'posthoc', 'int8factors', 'offlineus')  # of an LSTM at every one
+FEW, LEAST = (0.9, 0.95, 0.5), (0.9, 0.95)
+# Of an LSTM on longer texts, which takes longest; of AG News, and of an LSTM on TREC; of a DAN.
+SHORT = ('calr', 'released', 'random', 'banded', 'product', 'posthoc', 'int8factors', 'offlineus')
+ASKED = (*SHORT, 'clr', 'fixed', 'weighted', 'int16', 'int8')
+ALL = (*ASKED, 'cosine', 'balanced', 'hashed', 'offlineu', 'int4')
+CURVE = ('calr', 'banded', 'posthoc', 'int8factors', 'offlineus')  # at every compression
 
 
 def get_config(kinds: str = 'dan,lstm') -> TableSweepConfig:
   """Five seeds."""
   points = {}
+
+  def add(kind: str, name: str, *asked: tuple[tuple[float, ...], tuple[str, ...]]) -> None:
+    for compressions, methods in asked:
+      points.update(texts.points(texts.classifier(name, kind), compressions, methods))
+
   for kind in kinds.split(','):
-    for name in ('trec', 'sst5', 'subjective'):
-      dense = texts.classifier(name, kind)
-      points |= texts.points(dense, FEW, (*DAN, *ASIDE) if kind == 'dan' else ASKED)
-      if kind == 'dan':
-        points |= texts.points(dense, methods=DAN)
     if kind == 'dan':
-      points |= texts.points(texts.classifier('agnews', kind), FEW, ASKED)
+      add(kind, 'trec', (FEW, ALL), (texts.COMPRESSIONS, ASKED))
+      for name in ('sst5', 'subjective'):
+        add(kind, name, (FEW, ALL), (texts.COMPRESSIONS, CURVE))
+      add(kind, 'agnews', (FEW, ASKED))
     else:
-      points |= texts.points(texts.classifier('trec', kind), methods=CURVE)
+      add(kind, 'trec', (FEW, ASKED))
+      for name in ('sst5', 'subjective'):
+        add(kind, name, (LEAST, (*SHORT, 'int8')))
+      add(kind, 'trec', (texts.COMPRESSIONS, CURVE))
   return TableSweepConfig(points)

@@ -8,7 +8,7 @@ On two cores under eight minutes after the download.
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TableSweepConfig
 
-METHODS = ('calr', 'random', 'banded', 'posthoc', 'bytes', 'int8bytes', 'offlineus', 'int8')
+METHODS = ('calr', 'weighted', 'random', 'banded', 'posthoc', 'int8factors', 'offlineus', 'int8')
 COMPRESSIONS = {'dan': (0.5, 0.9, 0.95), 'lstm': (0.9,)}
 
 

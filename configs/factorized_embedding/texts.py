@@ -9,7 +9,6 @@ Of one's own: texts.py:dan,FILE (.csv or .jsonl). Learning rates were chosen on 
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ PEAKS_ON = {'trec': 3e-3, 'sst5': 1e-3, 'subjective': 1e-3, '': 1e-3}
 PEAK_FRESH, PEAK_BANDED = 3e-2, 1e-3
 PEAK_OFFLINE = {'dan': 3e-2, 'lstm': 1e-2}
 BALANCED = 10  # times the peak: the first factor's numbers are that much larger
+NEAR = 0.1  # times the peak, where more than a quarter of the singular values stays
 # How factors of a trained table are trained on.
 SCHEDULES = {'calr': 'calr', 'clr': 'clr', 'fixed': 'constant', 'cosine': 'cosine'}
 # What tables are made of otherwise, trained on with CALR.
@@ -39,7 +39,7 @@ TABLES = {
   'product': {'kind': 'product_quantized'},
 }
 FRESH = ('random', 'hashed')  # that have little of the trained table
-FEATURES = {'glove-50': 50, 'sg-100': 100}
+ALIKE = ('svd', 'weighted_svd')  # that have as much of it as may be
 
 
 def get_config(what: str = 'lstm,trec') -> TextTrainConfig:
@@ -86,10 +86,11 @@ def points(
 
   def on(parent: str, table: TableConfig, schedule: str = 'calr', epochs: int | None = None):
     cfg = copy.deepcopy(dense)
+    near = table.kind == 'factorized' and table.init in ALIKE and table.compression < 0.75
     cfg.init_from, cfg.classifier.table = parent, table
     cfg.epochs = dense.epochs if epochs is None else epochs
     cfg.optimizer.schedule, cfg.optimizer.warmup = schedule, 1
-    cfg.optimizer.peak_lr = PEAKS_ON.get(texts, PEAKS_ON[''])
+    cfg.optimizer.peak_lr = PEAKS_ON.get(texts, PEAKS_ON['']) * (NEAR if near else 1)
     return cfg
 
   out = {
@@ -119,14 +120,6 @@ def points(
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)
     codes = on(named('calr', c), TableConfig('quantized_factors'), epochs=0)
     add('int8factors', 'SVD, calr, int8', codes, c)
-    # Of the rank whose codes and scales, one and two bytes, leave no more than the share of bytes.
-    features = FEATURES.get(dense.data.vectors, 0)
-    rank = math.floor((1 - c) * 4 * features + 1e-9) - 3  # one less: the second factor
-    if 0 < rank < features:
-      wide = on(first, TableConfig('factorized', rank=rank))
-      add('bytes', 'SVD, calr, before int8 by bytes', wide, c)
-      codes = on(named('bytes', c), TableConfig('quantized_factors'), epochs=0)
-      add('int8bytes', 'SVD, calr, int8 by bytes', codes, c)
     for split in ('u', 'us'):
       cfg = copy.deepcopy(dense)
       cfg.data.offline, cfg.data.offline_compression = split, c
