@@ -2,7 +2,7 @@
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/tuning.py:dan --workdir=runs/tune
 
-Of the first training, and with 90% of the table removed of each way to train on.
+Of the first training, and of each way to train on with 50 and 90% of the table removed.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import dataclasses
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
 
-PEAKS = {'dan': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2, 3e-2)}
+PEAKS = {'dan': (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2, 3e-2)}
+COMPRESSIONS = {'dan': (0.5, 0.9), 'lstm': (0.9,)}
 METHODS = {
   'dan': (*texts.SCHEDULES, *texts.TABLES, 'offlineus'),
   'lstm': ('calr', 'random', 'offlineus'),
@@ -21,7 +22,7 @@ def get_config(kind: str = 'dan') -> TableSweepConfig:
   """TREC, SST-5 and Subj by a DAN, TREC by an LSTM; five seeds."""
   points = {}
   for name in ('trec', 'sst5', 'subjective') if kind == 'dan' else ('trec',):
-    found = texts.points(texts.classifier(name, kind), (0.9,), METHODS[kind])
+    found = texts.points(texts.classifier(name, kind), COMPRESSIONS[kind], METHODS[kind])
     first = next(iter(found))
     for at, point in found.items():
       for peak in PEAKS[kind]:
