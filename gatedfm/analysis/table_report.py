@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure as figures
+from matplotlib import ticker
 
 from gatedfm.analysis.plots import COLORS, INK, MARKERS, styled
 
@@ -65,6 +66,10 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, figures.Figure]:
   return out
 
 
+_MOST = 15  # points lost; what is worse lies on the upper edge
+_GONE = (10, 50, 75, 90, 95, 98, 99)  # percent, where the axis has its ticks
+
+
 @styled
 def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
   figure = figures.Figure(figsize=(7.2, 4.2), layout='constrained')
@@ -74,16 +79,24 @@ def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
     mine = sorted(
       (p for p in points if p['method'] == method), key=lambda p: p['table']['bytes_removed']
     )
-    gone = np.array([100 * p['table']['bytes_removed'] for p in mine])
+    left = np.array([1 - p['table']['bytes_removed'] for p in mine])
     found = [p['difference']['test'] for p in mine]
-    lost = np.array([-100 * f['mean'] for f in found])
+    lost = np.minimum([-100 * f['mean'] for f in found], _MOST)
     bars = np.array([100 * (f['high'] - f['mean']) if 'high' in f else 0.0 for f in found])
     style = {'color': COLORS[i % len(COLORS)], 'marker': MARKERS[i % len(MARKERS)]}
     line = '-' if i < len(COLORS) else '--'
-    axes.errorbar(gone, lost, bars, label=method, linestyle=line, capsize=2, **style)
+    axes.errorbar(left, lost, bars, label=method, linestyle=line, capsize=2, **style)
   axes.axhline(0, color=INK, linewidth=0.8)
   axes.axhline(1, color=INK, linewidth=0.8, linestyle=':')
-  axes.set(xlabel='bytes of the table gone, %', ylabel='test accuracy lost, points', title=title)
+  # Halving what is left is a step, wherever it is: most differences are beyond 90%.
+  axes.set(xlabel='bytes of the table gone, %', title=title, xscale='log')
+  axes.xaxis.set_major_locator(ticker.FixedLocator([1 - gone / 100 for gone in _GONE]))
+  axes.xaxis.set_major_formatter(lambda left, _: f'{100 * (1 - left):g}')
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.invert_xaxis()
+  worse = axes.get_ylim()[1] > _MOST
+  axes.set_ylim(top=_MOST if worse else None)
+  axes.set_ylabel('test accuracy lost, points' + (f' (cut at {_MOST})' if worse else ''))
   axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8)
   return figure
 
