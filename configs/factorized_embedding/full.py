@@ -27,12 +27,12 @@ def get_config(kinds: str = 'dan,lstm') -> TableSweepConfig:
 
   for kind in kinds.split(','):
     if kind == 'dan':
-      for name in ('sst5', 'subjective', 'agnews'):
+      for name in ('sst5', 'subjective'):
         add(kind, name, (LEAST, (*ASKED, 'cosine')), ((0.5,), CURVE))
+      add(kind, 'agnews', ((0.9,), (*ASKED, 'cosine')), ((0.95,), CURVE))
       add(kind, 'trec', (FEW, ALL), (texts.COMPRESSIONS, CURVE))
     else:
       add(kind, 'trec', (FEW, ASKED))
-      for name in ('sst5', 'subjective'):
-        add(kind, name, (LEAST, (*SHORT, 'int8')))
-      add(kind, 'trec', (texts.COMPRESSIONS, CURVE))
+      add(kind, 'sst5', (LEAST, (*SHORT, 'int8')))
+      add(kind, 'subjective', ((0.9,), (*SHORT, 'int8')))
   return TableSweepConfig(points)
