@@ -11,6 +11,9 @@ from matplotlib import ticker
 
 from gatedfm.analysis.plots import COLORS, INK, MARKERS, styled
 
+_MOST = 15  # points lost; what is worse lies on the upper edge of a picture
+_GONE = (10, 50, 75, 90, 95, 98, 99)  # percent, where its axis has ticks
+
 
 def table(summary: Mapping[str, Any], split: str = 'test') -> str:
   """Markdown: for each set of texts and kind of model, methods against what was asked to go.
@@ -66,10 +69,6 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, figures.Figure]:
   return out
 
 
-_MOST = 15  # points lost; what is worse lies on the upper edge
-_GONE = (10, 50, 75, 90, 95, 98, 99)  # percent, where the axis has its ticks
-
-
 @styled
 def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
   figure = figures.Figure(figsize=(7.2, 4.2), layout='constrained')
@@ -81,8 +80,9 @@ def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
     )
     left = np.array([1 - p['table']['bytes_removed'] for p in mine])
     found = [p['difference']['test'] for p in mine]
-    lost = np.minimum([-100 * f['mean'] for f in found], _MOST)
+    lost = np.array([-100 * f['mean'] for f in found])
     bars = np.array([100 * (f['high'] - f['mean']) if 'high' in f else 0.0 for f in found])
+    bars, lost = np.where(lost > _MOST, 0, bars), np.minimum(lost, _MOST)
     style = {'color': COLORS[i % len(COLORS)], 'marker': MARKERS[i % len(MARKERS)]}
     line = '-' if i < len(COLORS) else '--'
     axes.errorbar(left, lost, bars, label=method, linestyle=line, capsize=2, **style)
@@ -94,7 +94,7 @@ def _lost(points: list[Mapping[str, Any]], title: str) -> figures.Figure:
   axes.xaxis.set_major_formatter(lambda left, _: f'{100 * (1 - left):g}')
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.invert_xaxis()
-  worse = axes.get_ylim()[1] > _MOST
+  worse = any(-100 * p['difference']['test']['mean'] > _MOST for p in points)
   axes.set_ylim(top=_MOST if worse else None)
   axes.set_ylabel('test accuracy lost, points' + (f' (cut at {_MOST})' if worse else ''))
   axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8)

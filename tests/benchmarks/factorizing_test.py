@@ -10,8 +10,8 @@ from gatedfm.benchmarks import factorizing
 from gatedfm.benchmarks.factorizing import SvdCase
 
 CASE = SvdCase(rows=400_000, features=100)
-# Bytes above what the process had before. A process of its own: one that has run other tests takes
-# again what they gave back, and grows by nothing.
+# Bytes above what the process had before. It is one of its own: one that has run other tests reuses
+# memory that they freed, and does not grow.
 GROWN = """
 import sys
 from gatedfm.benchmarks import factorizing
@@ -33,7 +33,7 @@ def test_a_row():
 
 def grown(block):
   command = [sys.executable, '-c', GROWN, str(block)]
-  return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+  return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='Linux tells it there')

@@ -136,6 +136,26 @@ def test_schedules_are_drawn():
   np.testing.assert_allclose(lines[0][[0, 5, 10]], [0.1, 1.0, 0.1], rtol=1e-6)
 
 
+@pytest.mark.parametrize('worst', [0.14, 0.3])
+def test_what_is_far_worse_lies_on_the_edge(worst):
+  def point(method, gone, lost):
+    difference = {'mean': -lost, 'low': -lost - 0.01, 'high': 0.01 - lost}
+    table = {'bytes_removed': gone}
+    return {'method': method, 'table': table, 'difference': {'test': difference}}
+
+  points = [point('good', 0.5, 0.0), point('bad', 0.98, worst), point('bad', 0.9, 0.02)]
+  axes = table_report._lost(points, 'texts').axes[0]
+  cut = worst > 0.15
+  assert ('cut at 15' in axes.get_ylabel()) == cut
+  _, bad = axes.containers
+  np.testing.assert_allclose(bad[0].get_xdata(), [0.1, 0.02])
+  np.testing.assert_allclose(bad[0].get_ydata(), [2, 15 if cut else 14])
+  lengths = [abs(high - low) for (_, low), (_, high) in bad[2][0].get_segments()]
+  np.testing.assert_allclose(lengths, [2, 0 if cut else 2], atol=1e-9)
+  assert axes.get_xlim()[0] > axes.get_xlim()[1]  # more is gone to the right
+  assert axes.xaxis.get_major_formatter()(0.1, None) == '90'
+
+
 def test_a_point_that_diverges_stops_no_other(run, capsys, monkeypatch):
   cfg = sweep(run[0])
   original = table_sweep.text_loop.train
