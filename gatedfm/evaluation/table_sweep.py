@@ -130,7 +130,7 @@ def _schedules(cfg: TableSweepConfig, corpora: Mapping[str, TextCorpus]) -> Any:
   curves, seen = {}, set()
   for point in cfg.points.values():
     train, how = point.train, point.train.optimizer
-    key = how.schedule, how.half_cycle, how.decay, how.decay_every, how.final_fraction, train.epochs
+    key = how.schedule, how.half_cycle, how.decay, how.decay_every, how.final_fraction
     if train.data.texts != first.data.texts or not train.epochs or key in seen:
       continue
     seen.add(key)
