@@ -2,8 +2,8 @@
 
   python -m gatedfm.sweep --config=configs/factorized_embedding/full.py --workdir=runs/tables_full
 
-On two cores about three hours; it resumes. `full.py:dan` and `full.py:lstm` are its parts, which two
-processes may train side by side into one workdir; the whole then compares them.
+On two cores about three hours; it resumes. `full.py:dan` and `full.py:lstm` are its parts, which
+two processes may train side by side into one workdir; the whole then compares them.
 """
 
 from configs.factorized_embedding import texts
