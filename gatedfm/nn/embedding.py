@@ -35,8 +35,8 @@ class FactorizedEmbed(nn.Module):
     embedding_init, projection_init: of the factors.
     one_hot: looks up by a product with one-hot rows, which suits tables sharded over TPUs;
       numbers out of range then give zeros.
-    checked: whether numbers out of range are an error: at once outside jit, inside of
-      `checkify`'s. Otherwise they give NaN, as of `nn.Embed`.
+    checked: whether numbers out of range, and negative ones, are an error: at once outside jit,
+      inside of `checkify`'s. Otherwise they give NaN, or count from the end, as of `nn.Embed`.
   """
 
   num_embeddings: int
@@ -98,5 +98,5 @@ def check(inputs: jax.Array, rows: int, checked: bool) -> None:
 def look_up(table: jax.Array, inputs: jax.Array, one_hot: bool = False) -> jax.Array:
   """Rows `[..., R]` of a table `[V, R]`."""
   if one_hot:
-    return jax.nn.one_hot(inputs, len(table), dtype=table.dtype) @ table
+    return jax.nn.one_hot(from_the_end(inputs, len(table)), len(table), dtype=table.dtype) @ table
   return jnp.take(table, inputs, axis=0)

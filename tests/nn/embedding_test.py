@@ -41,6 +41,13 @@ def test_it_answers_as_the_product_would(rank, one_hot):
   )  # fmt: skip
 
 
+@pytest.mark.parametrize('one_hot', [False, True])
+def test_negative_numbers_count_from_the_end(one_hot):
+  small, ids = FactorizedEmbed(V, D, 3, one_hot=one_hot), jnp.array([-1, -V, 2])
+  dense = nn.Embed(V, D).apply(product(factors(3)), ids)
+  np.testing.assert_allclose(small.apply(factors(3), ids), dense, rtol=1e-5, atol=1e-6)
+
+
 def test_at_full_rank_with_the_identity_it_is_nn_embed():
   table = factors(D)['params']['embedding']
   small = {'params': {'embedding': table, 'projection': jnp.eye(D)}}
