@@ -3,7 +3,8 @@
   python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan,sst5 --workdir=runs/a
   python -m gatedfm.train --config=configs/factorized_embedding/texts.py:dan,sst5 \\
       --workdir=runs/b --config.init_from=runs/a --config.optimizer.schedule=calr \\
-      --config.classifier.table.kind=factorized --config.classifier.table.compression=0.9
+      --config.classifier.table.kind=factorized --config.classifier.table.compression=0.9 \\
+      --config.optimizer.peak_lr=1e-3
 
 Of one's own: texts.py:dan,FILE (.csv or .jsonl). Learning rates were chosen on validation.
 """
