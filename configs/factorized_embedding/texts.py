@@ -39,8 +39,6 @@ TABLES = {
   'hashed': {'kind': 'hashed'},
   'product': {'kind': 'product_quantized'},
 }
-FRESH = ('random', 'hashed')  # that have little of the trained table
-ALIKE = ('svd', 'weighted_svd')  # that have as much of it as may be
 
 
 def get_config(what: str = 'lstm,trec') -> TextTrainConfig:
@@ -62,6 +60,18 @@ def classifier(texts: str, kind: str) -> TextTrainConfig:
   cfg.optimizer.schedule, cfg.optimizer.half_cycle = 'clr', 1 / 12
   cfg.optimizer.peak_lr, cfg.optimizer.final_fraction = PEAKS.get(texts, PEAKS['']), 1e-3
   return cfg
+
+
+def _peak(texts: str, table: TableConfig) -> float:
+  """Of the learning rate of training on with a table, whatever the schedule."""
+  if table.kind == 'hashed' or table.init == 'random':
+    return PEAK_FRESH
+  if table.kind == 'banded':
+    return PEAK_BANDED
+  peak = PEAKS_ON.get(texts, PEAKS_ON[''])
+  if table.kind == 'factorized' and table.init != 'released_svd' and table.compression < 0.75:
+    peak *= NEAR
+  return peak * (BALANCED if table.split == 'balanced' else 1)
 
 
 def points(
@@ -87,11 +97,10 @@ def points(
 
   def on(parent: str, table: TableConfig, schedule: str = 'calr', epochs: int | None = None):
     cfg = copy.deepcopy(dense)
-    near = table.kind == 'factorized' and table.init in ALIKE and table.compression < 0.75
     cfg.init_from, cfg.classifier.table = parent, table
     cfg.epochs = dense.epochs if epochs is None else epochs
     cfg.optimizer.schedule, cfg.optimizer.warmup = schedule, 1
-    cfg.optimizer.peak_lr = PEAKS_ON.get(texts, PEAKS_ON['']) * (NEAR if near else 1)
+    cfg.optimizer.peak_lr = _peak(texts, table)
     return cfg
 
   out = {
@@ -110,12 +119,6 @@ def points(
       add(method, f'SVD, {method}', on(first, TableConfig('factorized', c), schedule), c)
     for method, table in TABLES.items():
       cfg = on(first, TableConfig(**{'kind': 'factorized', 'compression': c} | table))
-      if method in FRESH:
-        cfg.optimizer.peak_lr = PEAK_FRESH
-      elif method == 'banded':
-        cfg.optimizer.peak_lr = PEAK_BANDED
-      elif method == 'balanced':
-        cfg.optimizer.peak_lr *= BALANCED
       label = f'SVD, {method}' if {'split', 'init'} & set(table) and method != 'random' else method
       add(method, f'{label}, calr', cfg, c)
     add('posthoc', 'SVD, not trained on', on(baseline, TableConfig('factorized', c), epochs=0), c)

@@ -10,6 +10,7 @@ import dataclasses
 
 from configs.factorized_embedding import texts
 from gatedfm.evaluation.table_config import TablePoint, TableSweepConfig
+from gatedfm.models.speech_config import choice
 
 PEAKS = {'dan': (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'lstm': (1e-3, 3e-3, 1e-2, 3e-2)}
 COMPRESSIONS = {'dan': (0.5, 0.9), 'lstm': (0.9,)}
@@ -21,6 +22,7 @@ METHODS = {
 
 def get_config(kind: str = 'dan') -> TableSweepConfig:
   """TREC, SST-5 and Subj by a DAN, TREC by an LSTM; five seeds."""
+  choice('tuning.py:KIND', kind, tuple(PEAKS))
   points = {}
   for name in ('trec', 'sst5', 'subjective') if kind == 'dan' else ('trec',):
     found = texts.points(texts.classifier(name, kind), COMPRESSIONS[kind], METHODS[kind])

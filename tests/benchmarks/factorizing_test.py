@@ -12,14 +12,14 @@ from gatedfm.benchmarks.factorizing import SvdCase
 CASE = SvdCase(rows=400_000, features=100)
 # Bytes above what the process had before. It is one of its own: one that has run other tests reuses
 # memory that they freed, and does not grow.
-GROWN = """
+GROWN = f"""
 import sys
 from gatedfm.benchmarks import factorizing
 from gatedfm.factorization import svd
 svd.BLOCK = int(sys.argv[1])
 before = factorizing.own_bytes()
 assert before > 10_000_000
-(row,) = factorizing.run(factorizing.SvdCase(rows=400_000, features=100))
+(row,) = factorizing.run(factorizing.{CASE!r})
 print(row['own_bytes'] - before)
 """
 
